@@ -37,7 +37,7 @@ help:
 	@echo "make test-cuda the CUDA kernels' tests alone: no GPU, no nvcc"
 	@echo "make coverage  branch coverage of \`make test COVERAGE=1\`, below the bounds a failure"
 	@echo "make mutants   changes the code in one place at a time; tests must notice"
-	@echo "make test-isas the CPU kernels' and the engine's tests with every instruction set of this machine"
+	@echo "make test-isas the CPU kernels' and the engine's tests with every instruction set of this machine, all as with AVX2 alone"
 	@echo "make test-tsan Python tests of threads with the CPU kernels under ThreadSanitizer"
 	@echo "make coverage-cpp  lines of csrc/cpu that the C++ tests run; below 90 % is an error"
 	@echo "make nightly   all of these with sanitizers on every CPU instruction set; goes on where it stopped"
@@ -161,8 +161,8 @@ test-isas: dev
 	  echo "== tests of the CPU kernels and the engine with VARIANT_CPU_ISA=$$isa"; \
 	  VARIANT_CPU_ISA=$$isa $(PYTEST) tests/kernels tests/engine -k 'not cuda and not triton and not instruction_set' || exit 1; \
 	done
-	@echo "== tests of the engine as on a processor without AVX-512"
-	ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) tests/engine tests/bench tests/test_reproducibility.py
+	@echo "== Python tests as on a processor with AVX2 and no AVX-512"
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 VARIANT_CPU_ISA=avx2 $(PYTEST) tests --ignore tests/robustness -k 'not cuda and not triton and not instruction_set'
 
 # ThreadSanitizer sees the accesses of our kernels alone: torch and Python are not instrumented, and
 # what they synchronize by means of OpenMP is unknown to it (ignore_noninstrumented_modules). The

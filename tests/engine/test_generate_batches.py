@@ -13,6 +13,7 @@ from test_cuda_graphs import Repeater
 
 from variant.engine.engine import Engine
 from variant.engine.images import to_pil, to_uint8
+from variant_kernels.products import product_dtype
 
 LABELS = [1, 2, 0, 4, 3]
 
@@ -215,12 +216,14 @@ def test_pixels_are_rounded_to_the_nearest_and_clamped():
 def test_pixels_that_are_no_numbers_are_refused_and_not_painted_black(options):
     model = small_model()
     expected = model.generate(LABELS, seed=0, **options).images
-    dtype = options.get("dtype", "float32")
+    dtype = product_dtype("cpu", getattr(torch, options.get("dtype", "float32")))
     with torch.no_grad():
         model.vae.decoder.conv_out.bias[1] = torch.nan
-    text = f"decoder must give numbers; got NaN in {len(LABELS)} of {len(LABELS)} .*of {dtype}\\)"
-    with pytest.raises(ValueError, match=f"^Engine: the VQ-VAE's {text}"):
+    name, count = str(dtype).removeprefix("torch."), len(LABELS)
+    text = f"the VQ-VAE's decoder must give numbers; got NaN in {count} of {count} images"
+    with pytest.raises(ValueError, match=rf"^Engine: {text} \(computed in {name}\)") as caught:
         model.generate(LABELS, seed=0, **options)
+    assert ("use float32" in str(caught.value)) == (dtype == torch.bfloat16)
     assert len(model.engine().generate(LABELS, seed=0, decode=False).tokens) == len(LABELS)
     with torch.no_grad():
         model.vae.decoder.conv_out.bias[1] = torch.inf  # clamped: as bright as can be

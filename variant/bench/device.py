@@ -18,13 +18,18 @@ def autocast(device: str, enabled: bool) -> torch.autocast:
     return torch.autocast(device, dtype=AUTOCAST[device], enabled=enabled)
 
 
+def autocast_name(device: str) -> str:
+    """Name of the peer setting with 16-bit autocast."""
+    return f"{dtype_name(AUTOCAST[device])} autocast"
+
+
 def peer_settings(device: str) -> dict[str, bool]:
     """Name of each peer setting, and whether autocast is on. GPU peers run under autocast only.
 
     A CPU without bfloat16 products emulates them, several times slower than float32: its peers run
     in float32 only.
     """
-    sixteen = {f"{dtype_name(AUTOCAST[device])} autocast": True}
+    sixteen = {autocast_name(device): True}
     if not has_products(device, AUTOCAST[device]):
         return {"float32": False}
     return sixteen if device == "cuda" else {"float32": False, **sixteen}

@@ -119,7 +119,7 @@ def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
 
 
 def check_pixels(images_B3HW: Tensor, dtype: torch.dtype) -> Tensor:
-    """The images of an engine of that dtype, if they are numbers.
+    """The images of a decoder that computes in that dtype, if they are numbers.
 
     Raises:
         ValueError: there is NaN, which would become black; on a CPU alone, as a GPU would have to
@@ -128,11 +128,11 @@ def check_pixels(images_B3HW: Tensor, dtype: torch.dtype) -> Tensor:
     if images_B3HW.device.type == "cpu":
         lost_B = images_B3HW.isnan().flatten(1).any(1)
         if lost_B.any():
+            hint = "" if dtype == torch.float32 else ", and use float32 if they overflow in it"
             raise ValueError(
                 "Engine: the VQ-VAE's decoder must give numbers; got NaN in "
-                f"{int(lost_B.sum())} of {counted(len(lost_B), 'image')} (engine of "
-                f"{dtype_name(dtype)}). "
-                "Check the weights of vae, and use float32 if they overflow in 16 bits"
+                f"{int(lost_B.sum())} of {counted(len(lost_B), 'image')} (computed in "
+                f"{dtype_name(dtype)}). Check the weights of vae{hint}"
             )
     return images_B3HW
 
