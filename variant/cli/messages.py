@@ -140,12 +140,16 @@ def _options(command: str) -> set[str]:
 
 def plain(text: str) -> str:
     """One line without control characters; the middle of a very long text is left out."""
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = printable(" ".join(text.split()))
     if len(text) > MAX_CHARACTERS:
         half = MAX_CHARACTERS // 2
         text = f"{text[:half]}...{text[-half:]}"
     return text
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal obeys, as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @contextmanager
