@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def recipe(command: Options) -> None:
         )
     if command.action == "show":
         text = recipe_toml(load_recipe(command.recipe, overrides=command.overrides))
-        sys.stdout.write(text)
+        _print_toml(text)
     else:
         _check(command)
 
@@ -78,7 +79,7 @@ def _new(command: Options) -> None:
         raise
     text = _header(command, parts, made) + "\n" + recipe_toml(made, every_key=False)
     if command.out is None:
-        sys.stdout.write(text)
+        _print_toml(text)
         return
     with atomic_write(command.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -86,6 +87,20 @@ def _new(command: Options) -> None:
     for title, line in RunSummary(made).lines():
         out.print(f"{title:12} {line}")
     out.print(f"wrote {command.out}; next: {_commands(command.out, made)[0]}")
+
+
+def _print_toml(text: str) -> None:
+    """Print TOML with an escape for each character that standard output cannot encode.
+
+    The stream's own replacement, ``\\xe9``, is no TOML. In comments an escape has no meaning, but
+    does no harm.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\0-\x7f]", lambda match: f"\\U{ord(match[0]):08x}", text)
+    sys.stdout.write(text)
 
 
 def _header(command: Options, parts: Parts, made: Recipe) -> str:
