@@ -74,6 +74,8 @@ def sample_command(command: Sample) -> None:
     note = f"(-1 or {config.num_classes}: no class)"
     for label in labels:
         integer("sample", "--labels", label, -1, config.num_classes, note)
+    # One null class has one name in files and in the record, and is no class to an evaluation.
+    labels = [-1 if label == config.num_classes else label for label in labels]
     labels = labels or list(range(config.num_classes))
     num = PER_CLASS * len(labels) if command.num is None else command.num
     engine = Engine(
