@@ -644,3 +644,14 @@ def test_help_does_not_follow_a_terminal_of_five_columns(run, monkeypatch, capsy
 )
 def test_the_first_line_says_what_was_given(words, line):
     assert announce.first_line(parse(words.split())) == line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no current folder")
+def test_a_removed_current_folder_is_named(model, tmp_path, run, monkeypatch):
+    # torch's library of products ends the process there: "Cannot load libtorch_cpu.so".
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (("plan", "--model", model), ("generate", "--model", model, "--out", tmp_path)):
+        expected = "variant: error: the current folder was removed; change to another one\n"
+        assert run(*words) == (1, "", expected)
