@@ -123,9 +123,11 @@ def integers(
 
 def sequence(values: object) -> Sequence[Any] | None:
     """The items of a list, tuple, range, array or tensor; None for numbers, text and the rest."""
-    if isinstance(values, str | bytes | bytearray | memoryview):
+    if isinstance(values, str | bytes | bytearray):
         return None
     if getattr(values, "ndim", 0):  # of numpy and torch
+        if getattr(getattr(values, "dtype", None), "kind", "") in ("m", "M"):
+            return None  # durations and dates, whose list may be integers
         try:
             return cast("Any", values).tolist()
         except Exception:  # sparse, or without values (on meta)

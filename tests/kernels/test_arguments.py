@@ -106,8 +106,10 @@ def test_lists_of_integers(values):
 
 
 @pytest.mark.parametrize(
-    "values", ["12", b"12", bytearray(b"12"), 12, None, {1, 2}, np.array(1), torch.tensor(1)]
-)
+    "values",
+    ["12", b"12", bytearray(b"12"), 12, None, {1, 2}, np.array(1), torch.tensor(1),
+     np.array([1, 2], "m8")],
+)  # fmt: skip
 def test_other_values_are_no_lists_of_integers(values):
     assert sequence(values) is None
     with pytest.raises(TypeError, match=r"^op: sizes must be a list of integers; got"):
