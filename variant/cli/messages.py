@@ -14,6 +14,7 @@ from typing import Any, TextIO, get_args
 
 from variant.cli.options import Command
 from variant.errors import UserError
+from variant.paths import printable
 
 # Of torch's allocator and of oneDNN, which raise a plain RuntimeError.
 OUT_OF_MEMORY = (
@@ -145,11 +146,6 @@ def plain(text: str) -> str:
         half = MAX_CHARACTERS // 2
         text = f"{text[:half]}...{text[-half:]}"
     return text
-
-
-def printable(text: str) -> str:
-    """The text with control characters, which a terminal obeys, as escapes; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @contextmanager

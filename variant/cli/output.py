@@ -17,9 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from variant.bench.result_file import result_text, write_result
-from variant.cli.messages import printable
 from variant.errors import UserError
-from variant.paths import foreign_name, path_kind, shown
+from variant.paths import foreign_name, path_kind, printable, shown
 from variant_kernels.wording import counted
 
 # Room in a file's name for what a temporary file or folder of ``variant.files`` adds to it; the
