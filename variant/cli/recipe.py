@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 from variant.cli.options import Recipe as Options
 from variant.cli.output import check_file, console
 from variant.errors import UserError
 from variant.files import atomic_write
+from variant.paths import printable
 from variant.training.new_recipe import Parts, find_parts, new_recipe, remove_split, split
 from variant.training.overrides import known_overrides, override
 from variant.training.recipe import (
@@ -58,6 +60,11 @@ def _new(command: Options) -> None:
             "are taken, --out the file to write"
         )
     if command.out is not None:
+        if str(command.out) in recipe_names():
+            raise UserError(
+                f"recipe new: --out {command.out} is the name of a packaged recipe, which is taken "
+                f"in place of a file; give another name, as {command.out}.toml"
+            )
         if command.out.exists():
             raise UserError(f"{command.out}: exists; choose another file, or remove it")
         check_file(command.out)
@@ -78,13 +85,16 @@ def _new(command: Options) -> None:
             remove_split(command.split)
         raise
     text = _header(command, parts, made) + "\n" + recipe_toml(made, every_key=False)
+    summary = RunSummary(made)
+    for problem in summary.problems:  # of a base whose run is too long or large for these images
+        warnings.warn(f"recipe new: change before training: {problem}", RuntimeWarning, 2)
     if command.out is None:
         _print_toml(text)
         return
     with atomic_write(command.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     out = console()
-    for title, line in RunSummary(made).lines():
+    for title, line in summary.lines():
         out.print(f"{title:12} {line}")
     out.print(f"wrote {command.out}; next: {_commands(command.out, made)[0]}")
 
@@ -115,7 +125,8 @@ def _header(command: Options, parts: Parts, made: Recipe) -> str:
         "Train with:",
         *(f"  {text}" for text in _commands(command.out or Path("FILE.toml"), made)),
     ]
-    return "".join(f"# {line}\n" for line in lines)
+    # A path may hold a line break, which ends a comment, and what TOML has in none.
+    return "".join("# {}\n".format(printable(line).replace("\n", "\\n")) for line in lines)
 
 
 def _commands(path: Path, made: Recipe) -> list[str]:
