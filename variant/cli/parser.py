@@ -9,8 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import MISSING, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -55,6 +54,7 @@ def parse(words: Sequence[str]) -> Command:
             if not stop.code:
                 raise  # the help was printed; wrong usage is told below, on one line
     _check_values(words)
+    words = [_expanded(word) for word in words]
     errors = io.StringIO()
     try:
         with _columns(ERROR_COLUMNS), redirect_stderr(errors):
@@ -63,7 +63,6 @@ def parse(words: Sequence[str]) -> Command:
         if not stop.code:
             raise
         raise UsageError(_one_line(errors.getvalue(), words)) from None
-    command = _expanded(command)
     return replace(command, overrides=tuple(overrides)) if overrides else command
 
 
@@ -93,18 +92,13 @@ def _check_values(words: Sequence[str]) -> None:
             raise UsageError(f"{words[0]}: {option} takes no value; got {got}")
 
 
-def _expanded(command: Command) -> Command:
-    """With the home folder in place of ~/: shells leave it in ``--out=~/images``."""
+def _expanded(word: str) -> str:
+    """With the home folder in place of ~/: shells leave it in ``--out=~/images``.
 
-    def expanded(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(expanded, value))
-        if isinstance(value, str | Path) and str(value).startswith("~/"):
-            return type(value)(os.path.expanduser(value))
-        return value
-
-    names = [option.name for option in fields(command)]
-    return replace(command, **{name: expanded(getattr(command, name)) for name in names})
+    Of words, not of paths: a folder named ~ is given as ./~/images, of which a path is ~/images.
+    """
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else word
 
 
 def _overrides(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from variant.cli.options import Recipe as Options
 from variant.cli.output import check_file, console
+from variant.cli.words import option_words
 from variant.errors import UserError
 from variant.files import atomic_write
 from variant.paths import printable
@@ -131,7 +132,7 @@ def _header(command: Options, parts: Parts, made: Recipe) -> str:
 
 def _commands(path: Path, made: Recipe) -> list[str]:
     """The commands that train the recipe of a file."""
-    words = ["--recipe", str(path), "--out", f"runs/{path.stem}"]
+    words = [*option_words("--recipe", path), "--out", f"runs/{path.stem}"]
     names = ("train",) if made.vae_training.weights is not None else ("train-vae", "train")
     return [shlex.join(["variant", name, *words]) for name in names]
 
