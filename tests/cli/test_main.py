@@ -124,6 +124,10 @@ def test_the_completion_script_is_printed():
     [
         ("generate --colour red", "generate: unrecognized options: --colour, red"),
         ("generate --depht 2", "perhaps you meant --depth"),
+        # Of its own options.
+        ("info --depht 2", "info: unrecognized options: --depht, 2; see variant info --help"),
+        ("bench --depth 2", "--depth, 2; perhaps you meant --depths; see variant bench --help"),
+        ("--tyro-print-completion foo", "--tyro-print-completion must be one of bash, zsh, tcsh"),
         ("generate --cfg abc", "generate: --cfg must be a number; got abc; see variant generate"),
         ("generate --depth 1.5", "--depth must be an integer; got 1.5"),
         ("generate --depth None", "--depth must be an integer; got None"),

@@ -53,6 +53,10 @@ def parse(words: Sequence[str]) -> Command:
         except SystemExit as stop:
             if not stop.code:
                 raise  # the help was printed; wrong usage is told below, on one line
+        except AssertionError:
+            if not words[0].startswith("--tyro-"):  # which refuses other shells by one
+                raise
+            raise UsageError(f"{words[0]} must be one of bash, zsh, tcsh, fish") from None
     _check_values(words)
     words = [_expanded(word) for word in words]
     errors = io.StringIO()
@@ -177,12 +181,17 @@ def _one_line(box: str, words: Sequence[str]) -> str:
     if not sections:
         return " ".join(box.split()) or "wrong usage; see variant --help"
     message = _problem(sections, words)
+    # tyro proposes the options of every command.
+    kind = _kind_of(words[0])
+    own = {option.name.replace("_", "-") for option in fields(kind)} if kind else set()
     proposals = [
         match[0]
         for section in sections[1:]
         if section[0].startswith("Perhaps you meant")
         for line in section
-        if (match := re.match(r"--[\w-]+", line)) and match[0] not in words
+        if (match := re.match(r"--(?:no-)?([\w-]+)", line))
+        and match[0] not in words
+        and match[1] in own
     ]
     if proposals:
         message += f"; perhaps you meant {' or '.join(dict.fromkeys(proposals))}"
