@@ -320,3 +320,25 @@ def test_a_name_is_refused_if_its_temporary_file_would_be_too_long(tmp_path):
     assert longest == 255 - 24
     with pytest.raises(UserError, match="File name too long"):
         check_json("plan", tmp_path / ("n" * (longest + 1)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--out", "x.png"),
+        ("sample", "--num", 1, "--out", "x"),
+        ("eval", "--reconstruct", "digits", "--reference", "digits"),
+        ("search", "--out", "x"),
+        ("warm",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_device_without_values_is_refused_by_the_option(words, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(*words, "--device", "meta")
+    assert code == 1
+    assert error == (
+        f'variant: error: {words[0]}: --device "meta" cannot be used: it holds no values; give '
+        '"cpu"\n'
+    )
+    assert list(tmp_path.iterdir()) == []

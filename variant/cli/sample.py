@@ -52,7 +52,7 @@ def sample_command(command: Sample) -> None:
     if command.num is not None:
         integer("sample", "--num", command.num, 1, MAX_NUM)
     integer("sample", "--batch", command.batch, 1, MAX_BATCH)
-    check_device("sample", command.device, name="--device")
+    check_device("sample", command.device, name="--device", computes=True)
     choice("sample", "--backend", command.backend, ("auto", *BACKENDS))
     check_schedule_alone("sample", command)
     form = _form(command)
