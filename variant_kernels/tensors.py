@@ -18,13 +18,33 @@ from variant_kernels.untraced import untraced
 
 
 def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
-    """(address, strides in elements) without the stride of the last dimension, which is 1."""
-    return (x.data_ptr(), *x.stride()[:-1])
+    """(address, strides in elements) without the stride of the last dimension, which is 1.
+
+    Raises:
+        ValueError: it is not 1. A kernel would read other elements without a word: the checks of an
+            op see its arguments, not the copies that are made of them.
+    """
+    *strides, last = x.stride()
+    if last != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"address_and_strides: x must have a contiguous last dimension; got shape "
+            f"{tuple(x.shape)} and strides {x.stride()}. Call .contiguous()"
+        )
+    return (x.data_ptr(), *strides)
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """x, copied only if its last dimension is not contiguous (a gradient may be expanded)."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def float32_copy(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in float32.
+
+    ``x.float()`` orders the axes of its copy by x's strides: of sliding windows, two of whose axes
+    have stride 1, the last axis need not stay contiguous.
+    """
+    return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

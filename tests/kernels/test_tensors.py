@@ -110,3 +110,21 @@ def test_memory_is_not_kept_alive():
     assert not memory.was_freed
     del view
     assert memory.was_freed
+
+
+def test_an_address_is_given_for_a_contiguous_last_dimension_alone():
+    x = torch.zeros(4, 3, 2)
+    assert tensors.address_and_strides(x) == (x.data_ptr(), 6, 2)
+    assert tensors.address_and_strides(x[..., :1]) == (x.data_ptr(), 6, 2)
+    assert tensors.address_and_strides(x[..., ::2]) == (x.data_ptr(), 6, 2)  # one element
+    with pytest.raises(ValueError, match=r"^address_and_strides: .*strides \(6, 1, 2\)"):
+        tensors.address_and_strides(x.transpose(1, 2))
+
+
+def test_a_float32_copy_is_contiguous():
+    windows = torch.arange(10, dtype=torch.float16).as_strided((2, 3, 4), (4, 1, 1))
+    assert not windows.float().is_contiguous()
+    copy = tensors.float32_copy(windows)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, windows.float())
+    assert tensors.float32_copy(copy).data_ptr() != copy.data_ptr()

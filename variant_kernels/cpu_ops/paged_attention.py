@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import address_and_strides, empty_as
+from variant_kernels.tensors import address_and_strides, empty_as, float32_copy
 
 # Elements of K, and of V, that are copied to float32 at once, unless one sequence has more.
 MAX_COPIED = 2**20
@@ -107,9 +107,9 @@ def _float16_attention(
         return out_BTHD
     pages_S, table_BM = _pages_in_use(page_table_BM, kv_lens_B, page_size)
     return launch_paged_attention_forward(
-        q_BTHD=q_BTHD.float(),
-        k_pages_PNHD=k_pages_PNHD.index_select(0, pages_S).float(),
-        v_pages_PNHD=v_pages_PNHD.index_select(0, pages_S).float(),
+        q_BTHD=float32_copy(q_BTHD),
+        k_pages_PNHD=float32_copy(k_pages_PNHD.index_select(0, pages_S)),
+        v_pages_PNHD=float32_copy(v_pages_PNHD.index_select(0, pages_S)),
         page_table_BM=table_BM,
         kv_lens_B=kv_lens_B,
         softmax_scale=softmax_scale,

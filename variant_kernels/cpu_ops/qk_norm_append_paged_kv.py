@@ -10,7 +10,7 @@ import torch
 from variant_kernels.cpu_ops.append_paged_kv import launch_append_paged_kv
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
 from variant_kernels.cpu_ops.qk_norm import launch_qk_norm_forward
-from variant_kernels.tensors import address_and_strides
+from variant_kernels.tensors import address_and_strides, float32_copy
 
 
 def launch_qk_norm_append_paged_kv(
@@ -80,7 +80,9 @@ def _float16_norm_append(
     q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
     if scale_mul_1H11 is not None:
         wide_q_BTHD, wide_k_BTHD = launch_qk_norm_forward(
-            q_BTHD=q_BTHD.float(), k_BTHD=k_BTHD.float(), scale_mul_1H11=scale_mul_1H11
+            q_BTHD=float32_copy(q_BTHD),
+            k_BTHD=float32_copy(k_BTHD),
+            scale_mul_1H11=scale_mul_1H11,
         )
         q_BTHD, k_BTHD = wide_q_BTHD.half(), wide_k_BTHD.half()
     launch_append_paged_kv(
