@@ -21,6 +21,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
 from variant_kernels.integrations.alterations import is_dtensor, methods_of, readable
+from variant_kernels.integrations.base import one_thread
 from variant_kernels.untraced import untraced
 
 
@@ -73,6 +74,10 @@ class LiveWeights:
         Raises:
             UserError: it was changed in a way that cannot be followed.
         """
+        with one_thread("accelerate", UserError):
+            self._check()
+
+    def _check(self) -> None:
         for where, parent, name, child in self._children:
             if parent._modules.get(name) is not child:
                 raise self._changed(f"{where} is another module now")

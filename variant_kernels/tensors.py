@@ -38,15 +38,6 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def float32_copy(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in float32.
-
-    ``x.float()`` orders the axes of its copy by x's strides: of sliding windows, two of whose axes
-    have stride 1, the last axis need not stay contiguous.
-    """
-    return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-
-
 def empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A new contiguous tensor of x's shape: 1.1 us where torch.empty(x.shape, ...) takes 2.3."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

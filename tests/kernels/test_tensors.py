@@ -119,12 +119,3 @@ def test_an_address_is_given_for_a_contiguous_last_dimension_alone():
     assert tensors.address_and_strides(x[..., ::2]) == (x.data_ptr(), 6, 2)  # one element
     with pytest.raises(ValueError, match=r"^address_and_strides: .*strides \(6, 1, 2\)"):
         tensors.address_and_strides(x.transpose(1, 2))
-
-
-def test_a_float32_copy_is_contiguous():
-    windows = torch.arange(10, dtype=torch.float16).as_strided((2, 3, 4), (4, 1, 1))
-    assert not windows.float().is_contiguous()
-    copy = tensors.float32_copy(windows)
-    assert copy.is_contiguous()
-    assert torch.equal(copy, windows.float())
-    assert tensors.float32_copy(copy).data_ptr() != copy.data_ptr()
