@@ -36,6 +36,11 @@ def shown(path: str | os.PathLike[str]) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]}...{text[-half:]}"
 
 
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal obeys, as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def path_kind(path: str | os.PathLike[str]) -> Literal["file", "folder", "other"] | None:
     """What is at a path, links followed: None where there is nothing.
 

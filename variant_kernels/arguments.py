@@ -1,7 +1,8 @@
 """Checks of plain arguments: numbers, booleans, names and objects, without an import of torch.
 
 Numbers of Python, numpy and torch are taken alike: whatever ``operator.index`` takes is an integer,
-whatever ``float`` takes is a number. Booleans, text and arrays of several values are neither.
+whatever ``float`` takes is a number. Booleans, text, complex numbers and arrays of several values
+are neither, though numpy's ``float`` takes text and drops imaginary parts.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def real(
     Args and Raises: as :func:`integer`; NaN and infinities are out of every range.
     """
     expected = " ".join(filter(None, ("a finite number", _range(low, high), note)))
-    if isinstance(value, str | bytes) or _is_bool(value) or not isinstance(value, SupportsFloat):
+    if not isinstance(value, SupportsFloat) or not _is_real(value):
         raise _wrong_type(op, name, expected, value)
     try:
         number = float(value)
@@ -122,9 +123,11 @@ def integers(
 
 def sequence(values: object) -> Sequence[Any] | None:
     """The items of a list, tuple, range, array or tensor; None for numbers, text and the rest."""
-    if isinstance(values, str | bytes):
+    if isinstance(values, str | bytes | bytearray):
         return None
     if getattr(values, "ndim", 0):  # of numpy and torch
+        if getattr(getattr(values, "dtype", None), "kind", "") in ("m", "M"):
+            return None  # durations and dates, whose list may be integers
         try:
             return cast("Any", values).tolist()
         except Exception:  # sparse, or without values (on meta)
@@ -164,6 +167,15 @@ def _text(bound: float) -> str:
 def _is_bool(value: object) -> bool:
     """Booleans of Python, of numpy and of torch."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _is_real(value: object) -> bool:
+    """Whether this is neither text, nor a boolean, nor of another dtype than a real number's."""
+    if isinstance(value, str | bytes | bytearray | complex) or _is_bool(value):
+        return False
+    dtype = getattr(value, "dtype", None)
+    # numpy's complex numbers, objects, text, durations and dates; V: bfloat16 of other libraries.
+    return getattr(dtype, "kind", "f") in "fiuV" and not getattr(dtype, "is_complex", False)
 
 
 def _wrong_type(op: str, name: str, expected: str, value: object) -> TypeError:

@@ -138,8 +138,11 @@ class AttentionForward(nn.Module):
     def _torch_attention(
         self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, attn_bias: Tensor | None
     ) -> Tensor:
-        if attn_bias is not None and attn_bias.dtype != torch.bool:
-            attn_bias = attn_bias.to(q_BTHD.dtype)
+        if attn_bias is not None:
+            if attn_bias.ndim < 2:  # torch's attention takes none of these
+                attn_bias = attn_bias[(None,) * (2 - attn_bias.ndim)]
+            if attn_bias.dtype != torch.bool:
+                attn_bias = attn_bias.to(q_BTHD.dtype)
         out_BHTD = F.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2),
             k_BSHD.transpose(1, 2),

@@ -96,7 +96,7 @@ class PagedKVCache:
                 raise torch.OutOfMemoryError  # torch counts elements in 64 bits
             slab_2PNHD = torch.empty(shape, dtype=dtype, device=device)
             scales_2PNH = torch.empty(scales_shape, dtype=torch.uint8, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        except (RuntimeError, AssertionError, ImportError, TypeError, ValueError) as error:
             # torch's CPU allocator raises a plain RuntimeError.
             if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
                 mib = size // 2**20 if size > MAX_BYTES else round(size / 2**20, 1)
@@ -113,7 +113,9 @@ class PagedKVCache:
         self._set_views()
         self._page_bytes = self.allocated_bytes // shape[1]
         self._full_schedule = plan.schedule
-        self._page_tables: PageTables = {} if page_tables is None else page_tables
+        self._page_tables: PageTables = (
+            {} if page_tables is None else instance(op, "page_tables", page_tables, dict)
+        )
         self.reset()
 
     def _set_views(self) -> None:

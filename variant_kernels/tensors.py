@@ -18,8 +18,19 @@ from variant_kernels.untraced import untraced
 
 
 def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
-    """(address, strides in elements) without the stride of the last dimension, which is 1."""
-    return (x.data_ptr(), *x.stride()[:-1])
+    """(address, strides in elements) without the stride of the last dimension, which is 1.
+
+    Raises:
+        ValueError: it is not 1. A kernel would read other elements without a word: the checks of an
+            op see its arguments, not the copies that are made of them.
+    """
+    *strides, last = x.stride()
+    if last != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"address_and_strides: x must have a contiguous last dimension; got shape "
+            f"{tuple(x.shape)} and strides {x.stride()}. Call .contiguous()"
+        )
+    return (x.data_ptr(), *strides)
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:

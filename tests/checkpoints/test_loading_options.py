@@ -399,6 +399,9 @@ def test_strict_false_of_original_files_names_what_does_not_fit(tmp_path):
         ({"format": "mine"}, ValueError, "extra must not have the key 'format'"),
         ({"var": {}}, ValueError, "extra must not have the key 'var'"),
         ({3: "x"}, TypeError, "the keys of extra must be text; got 3"),
+        # One key in JSON, which from_pretrained would refuse.
+        ({"a": {1: 2, "1": 3}}, TypeError, r"a key of extra\['a'\] must be .*got '1 twice'"),
+        ({"a": [{None: 2, "null": 3}]}, TypeError, r"a key of extra\['a'\]\[0\] .*'null twice'"),
         ([("a", 1)], TypeError, "extra must be of type Mapping"),
     ],
 )

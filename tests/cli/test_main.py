@@ -123,7 +123,10 @@ def test_the_completion_script_is_printed():
     [
         ("generate --colour red", "generate: unrecognized options: --colour, red"),
         ("generate --depht 2", "perhaps you meant --depth"),
-        # Options of other commands are not proposed.
+        # Of its own options.
+        ("info --depht 2", "info: unrecognized options: --depht, 2; see variant info --help"),
+        ("bench --depth 2", "--depth, 2; perhaps you meant --depths; see variant bench --help"),
+        ("--tyro-print-completion foo", "--tyro-print-completion must be one of bash, zsh, tcsh"),
         ("plan --depths 2", "unrecognized options: --depths, 2; see variant plan"),
         ("convert --patch-nums x", "--patch-nums must be integers; got x"),
         ("generate --cfg abc", "generate: --cfg must be a number; got abc; see variant generate"),
@@ -660,3 +663,14 @@ def test_where_the_result_stands_alone_the_first_line_is_on_standard_error(words
 )
 def test_the_first_line_says_what_was_given(words, line):
     assert announce.first_line(parse(words.split())) == line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no current folder")
+def test_a_removed_current_folder_is_named(model, tmp_path, run, monkeypatch):
+    # torch's library of products ends the process there: "Cannot load libtorch_cpu.so".
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (("plan", "--model", model), ("generate", "--model", model, "--out", tmp_path)):
+        expected = "variant: error: the current folder was removed; change to another one\n"
+        assert run(*words) == (1, "", expected)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from variant.cli.options import Eval, Search
 from variant.cli.output import RESULT, check_json, console, table
 from variant.cli.pyplot import pyplot
 from variant.errors import UserError
+from variant.files import save_safetensors
 
 
 def contents(folder):
@@ -281,3 +283,62 @@ def test_a_wide_terminal_changes_no_table(capsys):
     assert len(max(capsys.readouterr().out.splitlines(), key=len)) == len(
         "┏━━━━━━━┳━━━━━━━━━━━━━━┓"
     )
+
+
+def test_outputs_of_a_conversion_are_not_in_each_other(model, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("--out", "a.pth", "--to-var", "a.pth", "--to-vae", "b.pth"),
+        ("--out", "a.pth/model", "--to-var", "b.pth", "--to-vae", "./a.pth"),
+        ("--to-var", "a.pth", "--to-vae", "a.pth/b.pth"),
+    ):
+        code, _, error = run("convert", "--model", model, *words)
+        assert code == 1
+        assert "a.pth is a folder of --" in error
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_no_text_of_a_file_drives_the_terminal(capsys):
+    rows = table("title \x1b[1m", "column")
+    rows.add_row("cell \x1b]0;\x07")
+    console().print("line \x1b[31m\r\nnext \u202e é 数")
+    console().print(rows)
+    printed = capsys.readouterr().out
+    assert printed.startswith("line \\x1b[31m\\r\nnext \\u202e é 数\ntitle \\x1b[1m\n")
+    assert "cell \\x1b]0;\\x07" in printed
+    assert "\x1b" not in printed
+
+
+def test_a_name_is_refused_if_its_temporary_file_would_be_too_long(tmp_path):
+    longest = 0
+    for length in range(200, 256):
+        path = tmp_path / ("n" * length)
+        with suppress(UserError):
+            check_json("plan", path)
+            save_safetensors(path, {})  # what takes most
+            longest = length
+    assert longest == 255 - 24
+    with pytest.raises(UserError, match="File name too long"):
+        check_json("plan", tmp_path / ("n" * (longest + 1)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--out", "x.png"),
+        ("sample", "--num", 1, "--out", "x"),
+        ("eval", "--reconstruct", "digits", "--reference", "digits"),
+        ("search", "--out", "x"),
+        ("warm",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_device_without_values_is_refused_by_the_option(words, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(*words, "--device", "meta")
+    assert code == 1
+    assert error == (
+        f'variant: error: {words[0]}: --device "meta" cannot be used: it holds no values; give '
+        '"cpu"\n'
+    )
+    assert list(tmp_path.iterdir()) == []

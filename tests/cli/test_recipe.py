@@ -1,11 +1,15 @@
 """``variant recipe``."""
 
+import io
+import sys
 import tomllib
 
+from variant.cli.main import main
 from variant.cli.options import Train
 from variant.cli.parser import parse
 from variant.cli.train import resume_command
-from variant.training.recipe import load_recipe
+from variant.training.recipe import load_recipe, parse_recipe, recipe_values
+from variant.training.recipe_reference import recipe_toml
 
 
 def test_a_shown_recipe_is_a_recipe(run, tmp_path):
@@ -120,3 +124,16 @@ def test_a_wrong_override_stops_a_training_in_one_line(run, tmp_path, monkeypatc
     assert "--optim.lerning-rate: no such key of a recipe; perhaps you meant --optim.l" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_is_valid_toml_on_every_standard_output(tmp_path, monkeypatch):
+    values = recipe_values("digits") | {"name": "é数\U0001f600", "description": "naïve"}
+    path = tmp_path / "r.toml"
+    path.write_text(recipe_toml(parse_recipe(values, "r")), "utf-8")
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["recipe", "show", str(path)]) == 0
+        stream.flush()
+        shown = tomllib.loads(stream.buffer.getvalue().decode(encoding))
+        assert (shown["name"], shown["description"]) == ("é数\U0001f600", "naïve")

@@ -301,3 +301,30 @@ def test_a_schedule_of_a_recipe_that_is_no_file_is_named_with_its_key(images, tm
     code, _, error = run("recipe", "check", path)
     assert code == 1
     assert error.endswith(f"{path}: schedule.schedules: nowhere.json: no such file\n")
+
+
+def test_a_new_recipe_is_toml_whatever_the_name_of_its_file(images, tmp_path, run, monkeypatch):
+    split(images, tmp_path / "parted")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a\nb.toml", "a\rb\x1b.toml"):
+        assert run("recipe", "new", "--data", "parted", "--out", name)[0] == 0
+        assert load_recipe(name).model.num_classes == 3
+
+
+def test_a_new_recipe_has_no_packaged_name(images, tmp_path, run, monkeypatch):
+    split(images, tmp_path / "parted")
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run("recipe", "new", "--data", "parted", "--out", "digits")
+    assert code == 1
+    assert "digits is the name of a packaged recipe, which is taken in place of a file" in error
+    assert not Path("digits").exists()
+
+
+def test_what_would_stop_the_run_of_a_base_is_told(images, tmp_path, run):
+    split(images, tmp_path / "parted")
+    with pytest.warns(RuntimeWarning, match="change before training: .*start_step must be below"):
+        code, printed, _ = run(
+            "recipe", "new", "--data", tmp_path / "parted", "--base", "imagenet-vqvae"
+        )
+    assert code == 0
+    assert "[vae_training.adversary]" in printed

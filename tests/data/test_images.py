@@ -16,7 +16,14 @@ from PIL import Image, ImageOps
 from variant.data.augment import RAND_AUGMENT_OPS, distort, rand_augment
 from variant.data.bad_items import BadItem, BadItems
 from variant.data.config import DataSection
-from variant.data.images import ORIENTATION, FolderData, list_images, stream, upright
+from variant.data.images import (
+    ORIENTATION,
+    FolderData,
+    list_images,
+    open_image,
+    stream,
+    upright,
+)
 from variant.data.sources import differing_classes, open_source
 from variant.errors import UserError
 from variant.evaluation.image_sets import open_images
@@ -447,3 +454,16 @@ def test_operations_without_end_are_refused_before_an_image_is_read():
     with pytest.raises(ValueError, match=r"randaugment_ops must be <= 100; got 1000000000000"):
         DataSection("folder", "a", "b", randaugment_ops=10**12)
     assert DataSection("folder", "a", "b", randaugment_ops=100).randaugment_ops == 100
+
+
+def test_a_file_that_would_start_another_program_is_no_image(folder):
+    # Pillow hands EPS to Ghostscript, which runs it; ICO is one of the formats without a use here.
+    for name, kind in (("1.png", "EPS"), ("2.png", "ICO")):
+        path = Path(folder) / "a" / name
+        GRADIENT.save(path, kind)
+        with path.open("rb") as file, pytest.raises(Image.UnidentifiedImageError):
+            open_image(file, path)
+    for kind in ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"):
+        GRADIENT.save(path, kind)
+        with path.open("rb") as file, open_image(file, path) as image:
+            assert image.format == kind

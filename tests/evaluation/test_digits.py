@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from small_models import small_model
 
 from variant.checkpoints.locate import locate
 from variant.data.config import DataSection
@@ -166,3 +167,17 @@ def test_the_command_prints_a_row_per_depth(capsys):
     assert rows == ["8", "4", "2"]
     assert main(["nonesuch", "--count", "20"]) == 1
     assert capsys.readouterr().err.startswith("error: nonesuch")
+
+
+def test_the_command_refuses_in_one_line(tmp_path, capsys):
+    small_model().save_pretrained(tmp_path)
+    for words, message in (
+        ((str(tmp_path),), "must generate 10 classes at a multiple of 8 pixels; got 5 classes"),
+        (("digits", "--cfg", "nan"), "generate: cfg must be a finite number in [0, 10000]; got"),
+        (("digits", "--seed", "-1"), "generate: seed must be an integer in [0, 2^63 - 1]; got -1"),
+    ):
+        assert main([*words, "--count", "20"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1

@@ -495,3 +495,14 @@ def test_a_png_says_what_it_is(model, tmp_path):
     with Image.open(tmp_path / "b" / "000001_class1.png") as image:
         assert image.text["depth"] == "4-3-2"
         assert json.loads(image.text["schedule"]) == [[0, 1, 2, 3], [0, 2, 3], [0, 3]]
+
+
+def test_the_null_class_is_one_label_and_no_class_of_an_evaluation(model, tmp_path):
+    for label in (-1, 5):  # the model has five classes
+        out = tmp_path / str(label)
+        assert run(model, out, "--labels", label, num=2) == 0
+        assert json.loads((out / "sample.json").read_text())["classes"] == [-1]
+        assert sorted(p.name for p in out.glob("*.png"))[0] == "000000_class-1.png"
+        assert open_images(out).labels is None
+    one, other = (torch.cat(list(open_images(tmp_path / n).batches(8))) for n in ("-1", "5"))
+    assert torch.equal(one, other)

@@ -457,3 +457,17 @@ def test_another_dtype_while_caching_is_named():
             layer(x, None)
         layer.kv_caching(True)
         assert layer.bfloat16()(x.bfloat16(), None).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("bias", [torch.arange(3.0), torch.tensor([True, False, True]),
+                                  torch.tensor(0.5), torch.ones(3, 1)], ids=repr)  # fmt: skip
+@torch.no_grad()
+def test_a_bias_of_few_axes_is_broadcast(bias, caching):
+    _, ours = pair()
+    x = torch.randn(2, 3, 64)
+    results = []
+    for each in (bias, bias.broadcast_to(2, 2, 3, 3)):
+        ours.kv_caching(caching)
+        results.append(ours(x, each))
+    assert torch.equal(*results)

@@ -16,6 +16,9 @@ NO_INTEGERS = (
 NO_NUMBERS = (
     True, np.bool_(True), torch.tensor(True), "0.5", b"1", None, [0.5], np.array([0.5, 1]),
     torch.tensor([0.5, 1]), torch.tensor([]), 1j, object,
+    # float() takes these: it drops imaginary parts, and reads text.
+    np.complex64(0.5), np.complex128(0.5 + 2j), torch.tensor(0.5 + 0j), np.array(0.5 + 2j),
+    np.array("0.5"), np.array(True, dtype=object), np.timedelta64(3), bytearray(b"3"),
 )  # fmt: skip
 
 
@@ -102,7 +105,11 @@ def test_lists_of_integers(values):
     assert {type(item) for item in result} == {int}
 
 
-@pytest.mark.parametrize("values", ["12", b"12", 12, None, {1, 2}, np.array(1), torch.tensor(1)])
+@pytest.mark.parametrize(
+    "values",
+    ["12", b"12", bytearray(b"12"), 12, None, {1, 2}, np.array(1), torch.tensor(1),
+     np.array([1, 2], "m8")],
+)  # fmt: skip
 def test_other_values_are_no_lists_of_integers(values):
     assert sequence(values) is None
     with pytest.raises(TypeError, match=r"^op: sizes must be a list of integers; got"):

@@ -222,3 +222,17 @@ def test_numbers_beyond_all_memory_are_refused_in_one_line(name):
     text = f"^PagedKVCache: the plan needs {whole // 1024**2} MiB for"
     with pytest.raises(MemoryError, match=text):
         PagedKVCache(plan, **sizes, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"page_tables": 5}, TypeError, "page_tables must be of type dict; got 5"),
+        ({"page_tables": []}, TypeError, r"page_tables must be of type dict; got \[\]"),
+        ({"device": "privateuseone"}, ValueError, "device must be one that this machine has"),
+    ],
+)
+def test_page_tables_and_devices_that_are_none_are_refused(options, error, message):
+    plan = CachePlan(ScaleLayout.from_patch_nums((1, 2)), DepthSchedule.full(2, 2))
+    with pytest.raises(error, match=f"^PagedKVCache: {message}"):
+        PagedKVCache(plan, 1, 1, 16, torch.float32, **options)

@@ -300,3 +300,20 @@ def test_wrong_arguments_are_named():
         paged_attention(q, pages[:, :, :1], pages, table, lengths)
     with pytest.raises(ValueError, match=r"kv_lens_B must be \(2,\) to match q_BTHD"):
         paged_attention(q, pages, pages, table, lengths[:1])
+
+
+# Two axes of stride 1, as of sliding windows: a copy may order them the other way round.
+@pytest.mark.parametrize("strides", [(40, 1, 16, 1), (40, 16, 1, 1), (1, 40, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sliding_windows_are_taken_as_they_are(dtype, strides):
+    generator = torch.Generator().manual_seed(2)
+    values, k_pages, v_pages = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((200,), (2, 4, 3, 16), (2, 4, 3, 16))
+    )
+    q = values.as_strided((2, 2, 3, 16), strides)
+    table, lengths = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([4, 3]).int()
+    pages = k_pages, v_pages, table, lengths
+    expected = paged_attention(q, *pages, backend="reference")
+    bound = 1e-5 if dtype == torch.float32 else 0.02
+    assert (paged_attention(q, *pages, backend="cpu") - expected).abs().max() < bound

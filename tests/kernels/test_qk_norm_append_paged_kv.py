@@ -185,3 +185,18 @@ def test_a_wanted_gradient_is_refused(which):
         qk_norm_append_paged_kv(*tensors, pages, pages.clone(), slots)
     with torch.no_grad():
         qk_norm_append_paged_kv(*tensors, pages, pages.clone(), slots)
+
+
+@pytest.mark.parametrize("strides", [(0, 0, 1, 1, 1), (60, 1, 48, 16, 1), (60, 16, 48, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sliding_windows_are_taken_as_they_are(dtype, strides):
+    generator = torch.Generator().manual_seed(2)
+    qkv = torch.randn(300, generator=generator).to(dtype).as_strided((2, 2, 3, 3, 16), strides)
+    scale_mul, slots = torch.tensor([0.5, 1, 2]).view(1, 3, 1, 1), torch.arange(4).view(2, 2)
+    results = []
+    for backend in ("reference", "cpu"):
+        pages = torch.zeros(2, 1, 4, 3, 16, dtype=dtype)
+        q = qk_norm_append_paged_kv(qkv, scale_mul, *pages, slots, backend=backend)
+        results.append(torch.cat((q.flatten(), pages.flatten())))
+    expected, ours = results
+    assert (ours - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05)

@@ -110,3 +110,12 @@ def test_memory_is_not_kept_alive():
     assert not memory.was_freed
     del view
     assert memory.was_freed
+
+
+def test_an_address_is_given_for_a_contiguous_last_dimension_alone():
+    x = torch.zeros(4, 3, 2)
+    assert tensors.address_and_strides(x) == (x.data_ptr(), 6, 2)
+    assert tensors.address_and_strides(x[..., :1]) == (x.data_ptr(), 6, 2)
+    assert tensors.address_and_strides(x[..., ::2]) == (x.data_ptr(), 6, 2)  # one element
+    with pytest.raises(ValueError, match=r"^address_and_strides: .*strides \(6, 1, 2\)"):
+        tensors.address_and_strides(x.transpose(1, 2))

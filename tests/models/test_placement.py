@@ -80,7 +80,7 @@ def test_an_index_beyond_the_gpus_is_refused(monkeypatch):
         check_device("op", "cuda:2")
 
 
-@pytest.mark.parametrize("given", ["banana", "cpu:x", "vulkan", -3])
+@pytest.mark.parametrize("given", ["banana", "cpu:x", "vulkan", "privateuseone", -3])
 def test_no_such_device(given):
     with pytest.raises(ValueError, match=r"^op: device "):
         check_device("op", given)

@@ -146,3 +146,15 @@ def test_a_pipe_without_a_reader_ends_no_run():
     RunConsole("var", epochs=1, total_steps=4, console=Console(file=stream)).print_note("lost")
     with pytest.raises(BrokenPipeError):  # what was to be printed is still in the buffer
         stream.close()
+
+
+def test_names_of_files_are_printed_as_they_are():
+    console = Console(file=io.StringIO(), width=200)
+    run = RunConsole("var", epochs=4, total_steps=40, console=console)
+    # rich takes these for the end of a style, an emoji and a style.
+    command = "variant train --out 'runs/[/a]:x:[b]' --resume"
+    run.print_stop(10, command)
+    run.print_unwritten(10, OSError("runs/[/a]: No space left on \x1b[31mdevice"))
+    stopped, unwritten = console.file.getvalue().splitlines()
+    assert stopped.endswith(f"everything is saved. Resume with: {command}")
+    assert unwritten.startswith("var step 10: runs/[/a]: No space left on \\x1b[31mdevice; ")

@@ -126,7 +126,11 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ("1e-3", "1e-3\nweight_decay = nan", "optim.weight_decay must be finite; got nan"),
         ("1e-3", "1e-3\nclip = 1e999", "optim.clip must be finite; got inf"),
         ("1e-3", "1e-3\nbetas = [nan, 0.5]", "optim.betas.0 must be finite; got nan"),
-        ("1e-3", "2020-01-01", "learning_rate: Input should be a valid number; got '2020-01-01'"),
+        (
+            "1e-3",
+            "2020-01-01",
+            "learning_rate: Input should be a valid number; got .'date': '2020-01-01'",
+        ),
         ("bridge = 1", "bridge = 1\njoint_probability = nan", "joint_probability must be finite"),
         ("depth = 4", "depth = 4\nnorm_eps = inf", "model.norm_eps must be finite; got inf"),
         ('kind = "digits"', 'kind = "digits"\nrotate = inf', "data.rotate must be finite"),
@@ -139,6 +143,11 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
             'name = "tiny"',
             f'name = "tiny"\nseed = {2**63}',
             f"seed must be below 2.63; got {2**63}",
+        ),
+        (
+            'name = "tiny"',
+            "name = 1979-05-27",
+            r"name: Input should be a valid string; got \{'date': '1979-05-27'\}",
         ),
         (
             'name = "tiny"',

@@ -35,14 +35,14 @@ def model_card(
     vae: VQVAEConfig,
     model_id: str,
     dtype: str,
-    training: Mapping[str, Any] | None = None,
+    training: object = None,
 ) -> str:
     """The text of a model card: Markdown below the Hub's metadata.
 
     Args:
         model_id: the argument of ``from_pretrained``: a Hub id or a folder.
         dtype: name of the dtype of the transformer's weights, e.g. "bfloat16".
-        training: the entry "training" of config.json.
+        training: the entry "training" of config.json; one that is no dictionary is left out.
     """
     from huggingface_hub import ModelCardData
 
@@ -67,11 +67,9 @@ def model_card(
         "## How to run",
         _how_to_run(var, vae, model_id),
     ]
-    if training:
-        facts = [
-            f"- {key}: {_plain(value)}" for key, value in training.items() if key != "settings"
-        ]
-        parts += ["## Training", "\n".join(facts)]
+    if isinstance(training, Mapping) and training:
+        lines = [f"- {key}: {facts(value)}" for key, value in training.items() if key != "settings"]
+        parts += ["## Training", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,7 +133,8 @@ result.images  # (1, {vae.in_channels}, {vae.image_size}, {vae.image_size}) in [
 or `variant generate --model {model_id} --labels {label}{flag} --out image.png`."""
 
 
-def _plain(value: Any) -> str:
+def facts(value: Any) -> str:
+    """A value of the entry "training" as text: ``full 3.8842, depth_2 3.8861``."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {facts(item)}" for key, item in value.items())
     return f"{value:.4f}" if isinstance(value, float) else str(value)

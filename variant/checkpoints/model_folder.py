@@ -129,9 +129,15 @@ def _not_json(where: str, value: Any, depth: int = 0) -> tuple[str, Any] | None:
     if depth > MAX_NESTING:
         return where, "nesting deeper than that"
     if isinstance(value, dict):
+        names: set[str] = set()
         for key, item in value.items():
             if key is not None and not isinstance(key, str | int | float):
                 return f"a key of {where}", key
+            # In JSON a key is text: 1 and "1" are one, and a file with a key twice is not read.
+            name = key if isinstance(key, str) else json.dumps(key)
+            if name in names:
+                return f"a key of {where}", f"{name} twice"
+            names.add(name)
             if found := _not_json(f"{where}[{key!r}]", item, depth + 1):
                 return found
         return None

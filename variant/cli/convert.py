@@ -9,6 +9,7 @@ input is never overwritten, another existing file only with ``--overwrite``.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from variant.checkpoints.config_file import CONFIG_NAME
@@ -135,6 +136,7 @@ def _check_outputs(command: Convert, inputs: list[Path]) -> None:
                     f"convert: --out writes {command.out / file} too; give another name"
                 )
         outputs |= {command.out / file: "--out" for file in FOLDER_FILES}
+    _check_nesting(outputs)
     sources = [file for path in inputs for file in _files_of(path)]
     for path, name in outputs.items():
         if path.is_dir():
@@ -149,6 +151,18 @@ def _check_outputs(command: Convert, inputs: list[Path]) -> None:
         # A README.md of the user is kept by save_pretrained.
         if not command.overwrite and path.name != CARD_NAME:
             raise UserError(f"convert: {name}: {path} exists; --overwrite replaces it")
+
+
+def _check_nesting(outputs: Mapping[Path, str]) -> None:
+    """Raises: UserError, for an output whose place another one needs as a folder."""
+    folders = {parent: path for path in outputs for parent in Path(os.path.realpath(path)).parents}
+    for path, name in outputs.items():
+        below = folders.get(Path(os.path.realpath(path)))
+        if below is not None:
+            raise UserError(
+                f"convert: {name} must be a file; {path} is a folder of {outputs[below]}, which "
+                f"writes {below}"
+            )
 
 
 def _files_of(path: Path) -> list[Path]:

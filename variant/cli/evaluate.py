@@ -84,7 +84,7 @@ def evaluate_command(command: Eval) -> None:
     if ":" not in command.features:
         choice("eval", "--features", command.features, FEATURES)
     integer("eval", "--batch", command.batch, 1)
-    check_device("eval", command.device, name="--device")
+    check_device("eval", command.device, name="--device", computes=True)
     out = console(command.json, stderr=True)
     if command.model is not None:
         from variant.cli.evaluate_depths import check_out, evaluate_depths

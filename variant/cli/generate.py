@@ -105,7 +105,7 @@ def _check(command: Generate) -> Sampling:
         UserError, ValueError: an option that cannot be used.
     """
     integer("generate", "--count", command.count, 1, MAX_COUNT)
-    check_device("generate", command.device, name="--device")
+    check_device("generate", command.device, name="--device", computes=True)
     choice("generate", "--backend", command.backend, ("auto", *BACKENDS))
     if command.max_batch is not None:
         integer("generate", "--max-batch", command.max_batch, 1)

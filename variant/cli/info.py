@@ -9,9 +9,11 @@ from rich.console import Console
 
 from variant.checkpoints.config_file import read_config
 from variant.checkpoints.locate import locate
+from variant.checkpoints.model_card import facts
 from variant.checkpoints.model_folder import load_model
 from variant.cli.dtypes import DTYPES
 from variant.cli.kv_error_table import kv_error_table, measure_with_progress
+from variant.cli.messages import plain
 from variant.cli.options import Info
 from variant.cli.output import check_json, console, mebibytes, table, write_json
 from variant.cli.words import refuse_given
@@ -142,6 +144,5 @@ def _print(out: Console, described: dict[str, Any], config: VARConfig) -> None:
     for key, value in (described["training"] or {}).items():
         if key == "settings":
             continue  # too long to print; config.json holds them
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {loss:.4f}" for name, loss in value.items())
-        out.print(f"training {key}: {value}")
+        # Of the file, which may hold any values.
+        out.print(f"training {key}: {plain(facts(value))}")

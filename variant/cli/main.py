@@ -6,6 +6,7 @@ The module of a command is imported when it runs, so that ``--help`` starts with
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from variant.cli.options import (
     Warm,
 )
 from variant.cli.words import UsageError, check_words
+from variant.errors import UserError
 from variant_kernels import __version__
 
 
@@ -59,6 +61,7 @@ def main(
         from variant.cli.parser import parse
 
         command = parse(words)
+        _check_current_folder()
         announce(command)
         function = function_of(command)
         before_work()
@@ -134,6 +137,14 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.warm import warm
 
             return warm
+
+
+def _check_current_folder() -> None:
+    """Raises: UserError, if it was removed: torch's library of products would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was removed; change to another one") from None
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:

@@ -14,6 +14,7 @@ from typing import Any, TextIO, get_args
 
 from variant.cli.options import Command
 from variant.errors import UserError
+from variant.paths import printable
 
 # Of torch's allocator and of oneDNN, which raise a plain RuntimeError.
 OUT_OF_MEMORY = (
@@ -142,8 +143,7 @@ def _options(command: str) -> dict[str, object]:
 
 def plain(text: str) -> str:
     """One line without control characters; the middle of a very long text is left out."""
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = printable(" ".join(text.split()))
     if len(text) > MAX_CHARACTERS:
         half = MAX_CHARACTERS // 2
         text = f"{text[:half]}...{text[-half:]}"

@@ -18,11 +18,12 @@ from rich.text import Text
 
 from variant.bench.result_file import result_text, write_result
 from variant.errors import UserError
-from variant.paths import foreign_name, path_kind, shown
+from variant.paths import foreign_name, path_kind, printable, shown
 from variant_kernels.wording import counted
 
-# Room in a file's name for what a temporary file adds to it; the usual limit is 255 bytes.
-NAME_BYTES, TEMPORARY_BYTES = 255, 16
+# Room in a file's name for what a temporary file or folder of ``variant.files`` adds to it; the
+# usual limit is 255 bytes.
+NAME_BYTES, TEMPORARY_BYTES = 255, 24
 STANDARD_OUTPUT = Path("-")
 UNBOUNDED = 10_000  # columns, more than any table has
 CUT = "…"  # rich writes it in place of what it cuts
@@ -42,6 +43,10 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """In place of an exit without a message."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), "standard output")
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, of texts and of the cells of tables, which may come from any file."""
+        return super().render_str(printable(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich prints; but a table is so wide that no number is cut, even if its lines wrap."""
@@ -93,7 +98,7 @@ def console(json_file: Path | None = None, *, stderr: bool = False, command: str
 
 def table(title: str, *columns: str) -> Table:
     """A table whose columns are right-aligned numbers."""
-    result = Table(title=Text(title), title_justify="left", header_style="bold")
+    result = Table(title=Text(printable(title)), title_justify="left", header_style="bold")
     for column in columns:
         result.add_column(column, justify="right")
     return result

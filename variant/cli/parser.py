@@ -9,8 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import MISSING, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -54,7 +53,12 @@ def parse(words: Sequence[str]) -> Command:
         except SystemExit as stop:
             if not stop.code:
                 raise  # the help was printed; wrong usage is told below, on one line
+        except AssertionError:
+            if not words[0].startswith("--tyro-"):  # which refuses other shells by one
+                raise
+            raise UsageError(f"{words[0]} must be one of bash, zsh, tcsh, fish") from None
     _check_values(words)
+    words = [_expanded(word) for word in words]
     errors = io.StringIO()
     try:
         with _columns(ERROR_COLUMNS), redirect_stderr(errors):
@@ -63,7 +67,6 @@ def parse(words: Sequence[str]) -> Command:
         if not stop.code:
             raise
         raise UsageError(_one_line(errors.getvalue(), words)) from None
-    command = _expanded(command)
     return replace(command, overrides=tuple(overrides)) if overrides else command
 
 
@@ -93,18 +96,13 @@ def _check_values(words: Sequence[str]) -> None:
             raise UsageError(f"{words[0]}: {option} takes no value; got {got}")
 
 
-def _expanded(command: Command) -> Command:
-    """With the home folder in place of ~/: shells leave it in ``--out=~/images``."""
+def _expanded(word: str) -> str:
+    """With the home folder in place of ~/: shells leave it in ``--out=~/images``.
 
-    def expanded(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(expanded, value))
-        if isinstance(value, str | Path) and str(value).startswith("~/"):
-            return type(value)(os.path.expanduser(value))
-        return value
-
-    names = [option.name for option in fields(command)]
-    return replace(command, **{name: expanded(getattr(command, name)) for name in names})
+    Of words, not of paths: a folder named ~ is given as ./~/images, of which a path is ~/images.
+    """
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else word
 
 
 def _overrides(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
@@ -191,14 +189,17 @@ def _one_line(box: str, words: Sequence[str]) -> str:
     if not sections:
         return " ".join(box.split()) or "wrong usage; see variant --help"
     message = _problem(sections, words)
-    kind = _kind_of(words[0])  # tyro proposes options of other commands too
-    own = {f"--{option.name.replace('_', '-')}" for option in (fields(kind) if kind else ())}
+    # tyro proposes the options of every command.
+    kind = _kind_of(words[0])
+    own = {option.name.replace("_", "-") for option in fields(kind)} if kind else set()
     proposals = [
         match[0]
         for section in sections[1:]
         if section[0].startswith("Perhaps you meant")
         for line in section
-        if (match := re.match(r"--[\w-]+", line)) and match[0] in own and match[0] not in words
+        if (match := re.match(r"--(?:no-)?([\w-]+)", line))
+        and match[0] not in words
+        and match[1] in own
     ]
     if proposals:
         message += f"; perhaps you meant {' or '.join(dict.fromkeys(proposals))}"

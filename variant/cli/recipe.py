@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 from variant.cli.options import Recipe as Options
 from variant.cli.output import check_file, console
+from variant.cli.words import option_words
 from variant.errors import UserError
 from variant.files import atomic_write
+from variant.paths import printable
 from variant.training.new_recipe import Parts, find_parts, new_recipe, remove_split, split
 from variant.training.overrides import known_overrides, override
 from variant.training.recipe import (
@@ -43,7 +47,7 @@ def recipe(command: Options) -> None:
         )
     if command.action == "show":
         text = recipe_toml(load_recipe(command.recipe, overrides=command.overrides))
-        sys.stdout.write(text)
+        _print_toml(text)
     else:
         _check(command)
 
@@ -57,6 +61,11 @@ def _new(command: Options) -> None:
             "are taken, --out the file to write"
         )
     if command.out is not None:
+        if str(command.out) in recipe_names():
+            raise UserError(
+                f"recipe new: --out {command.out} is the name of a packaged recipe, which is taken "
+                f"in place of a file; give another name, as {command.out}.toml"
+            )
         if command.out.exists():
             raise UserError(f"{command.out}: exists; choose another file, or remove it")
         check_file(command.out)
@@ -77,15 +86,32 @@ def _new(command: Options) -> None:
             remove_split(command.split)
         raise
     text = _header(command, parts, made) + "\n" + recipe_toml(made, every_key=False)
+    summary = RunSummary(made)
+    for problem in summary.problems:  # of a base whose run is too long or large for these images
+        warnings.warn(f"recipe new: change before training: {problem}", RuntimeWarning, 2)
     if command.out is None:
-        sys.stdout.write(text)
+        _print_toml(text)
         return
     with atomic_write(command.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     out = console()
-    for title, line in RunSummary(made).lines():
+    for title, line in summary.lines():
         out.print(f"{title:12} {line}")
     out.print(f"wrote {command.out}; next: {_commands(command.out, made)[0]}")
+
+
+def _print_toml(text: str) -> None:
+    """Print TOML with an escape for each character that standard output cannot encode.
+
+    The stream's own replacement, ``\\xe9``, is no TOML. In comments an escape has no meaning, but
+    does no harm.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\0-\x7f]", lambda match: f"\\U{ord(match[0]):08x}", text)
+    sys.stdout.write(text)
 
 
 def _header(command: Options, parts: Parts, made: Recipe) -> str:
@@ -100,12 +126,13 @@ def _header(command: Options, parts: Parts, made: Recipe) -> str:
         "Train with:",
         *(f"  {text}" for text in _commands(command.out or Path("FILE.toml"), made)),
     ]
-    return "".join(f"# {line}\n" for line in lines)
+    # A path may hold a line break, which ends a comment, and what TOML has in none.
+    return "".join("# {}\n".format(printable(line).replace("\n", "\\n")) for line in lines)
 
 
 def _commands(path: Path, made: Recipe) -> list[str]:
     """The commands that train the recipe of a file."""
-    words = ["--recipe", str(path), "--out", f"runs/{path.stem}"]
+    words = [*option_words("--recipe", path), "--out", f"runs/{path.stem}"]
     names = ("train",) if made.vae_training.weights is not None else ("train-vae", "train")
     return [shlex.join(["variant", name, *words]) for name in names]
 

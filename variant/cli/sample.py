@@ -52,7 +52,7 @@ def sample_command(command: Sample) -> None:
     if command.num is not None:
         integer("sample", "--num", command.num, 1, MAX_NUM)
     integer("sample", "--batch", command.batch, 1, MAX_BATCH)
-    check_device("sample", command.device, name="--device")
+    check_device("sample", command.device, name="--device", computes=True)
     choice("sample", "--backend", command.backend, ("auto", *BACKENDS))
     check_schedule_alone("sample", command)
     form = _form(command)
@@ -74,6 +74,8 @@ def sample_command(command: Sample) -> None:
     note = f"(-1 or {config.num_classes}: no class)"
     for label in labels:
         integer("sample", "--labels", label, -1, config.num_classes, note)
+    # One null class has one name in files and in the record, and is no class to an evaluation.
+    labels = [-1 if label == config.num_classes else label for label in labels]
     labels = labels or list(range(config.num_classes))
     num = PER_CLASS * len(labels) if command.num is None else command.num
     engine = Engine(

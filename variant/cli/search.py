@@ -131,7 +131,7 @@ def _check(command: Search) -> dict[str, float]:
     integer("search", "--beam", command.beam, 1)
     for depth in command.depths:
         integer("search", "--depths", depth, 1)
-    check_device("search", command.device, name="--device")
+    check_device("search", command.device, name="--device", computes=True)
     check_apart(
         "search", {"--json": command.json, "--plot": command.plot}, command.out, _is_own_name
     )

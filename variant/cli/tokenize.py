@@ -12,6 +12,7 @@ import torch
 from variant.cli.options import Tokenize
 from variant.cli.output import console
 from variant.cli.progress import Advance, progress
+from variant.cli.words import option_words
 from variant.training import tokenize as training
 from variant.training.overrides import override_words
 from variant.training.recipe import load_recipe
@@ -68,8 +69,9 @@ def tokenize(command: Tokenize) -> None:
 
 def train_command(command: Tokenize, tokens: Path) -> str:
     """The shell command that trains from the shards, with the same values of the recipe."""
-    words = ["variant", "train", "--recipe", command.recipe]
-    words += [] if command.vae is None else ["--out", str(command.vae)]
+    words = ["variant", "train", *option_words("--recipe", command.recipe)]
+    words += [] if command.vae is None else option_words("--out", command.vae)
     words += [] if command.seed is None else ["--seed", str(command.seed)]
     words += override_words(command.overrides)
-    return shlex.join([*words, "--data.kind", "tokens", "--data.tokens", str(tokens)])
+    words += override_words(("data.kind=tokens", f"data.tokens={tokens}"))
+    return shlex.join(words)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from variant.cli.options import Train, TrainVae
 from variant.cli.output import console, table
+from variant.cli.words import option_words
 from variant.training.overrides import override_words
 from variant.training.recipe import load_recipe, starting_from
 from variant.training.task import Summary
@@ -28,7 +29,8 @@ def train(command: Train) -> None:
             recipe, out, resume=command.resume, resume_command=resume_command("train", command)
         )
     _report(summary)
-    console(command="train").print(f"wrote {out}: variant generate --model {shlex.quote(str(out))}")
+    generate = shlex.join(["variant", "generate", *option_words("--model", out)])
+    console(command="train").print(f"wrote {out}: {generate}")
 
 
 def train_vae(command: TrainVae) -> None:
@@ -52,11 +54,12 @@ def folder_of(command: Train | TrainVae) -> Path:
 
 def resume_command(name: str, command: Train | TrainVae) -> str:
     """The shell command that resumes this run, with as many processes."""
-    words = [name, "--recipe", command.recipe, "--out", str(folder_of(command))]
+    words = [name, *option_words("--recipe", command.recipe)]
+    words += option_words("--out", folder_of(command))
     if command.seed is not None:
         words += ["--seed", str(command.seed)]
     if isinstance(command, Train) and command.start_from is not None:
-        words += ["--start-from", command.start_from]
+        words += option_words("--start-from", command.start_from)
     words += override_words(command.overrides)
     return f"{_program()} {shlex.join([*words, '--resume'])}"
 

@@ -32,7 +32,7 @@ def warm(command: Warm) -> None:
     for batch in command.batch:
         integer("warm", "--batch", batch, 1, MAX_BATCH)
     choice("warm", "--backend", command.backend, ("auto", *BACKENDS))
-    check_device("warm", command.device, name="--device")
+    check_device("warm", command.device, name="--device", computes=True)
     check_json("warm", command.json)
     out = console(command.json)
     result: dict[str, Any] = {

@@ -11,6 +11,7 @@ from typing import Any
 from variant.errors import UserError
 
 OPTION = re.compile(r"--[A-Za-z][\w.-]*")
+NUMBER = re.compile(r"-[\d.]")
 
 
 class UsageError(Exception):
@@ -85,5 +86,14 @@ def command_line(name: str, command: Any, **changes: Any) -> str:
         if isinstance(value, bool):
             words.append(word if value else word.replace("--", "--no-", 1))
         else:
-            words += [word, *map(str, value if isinstance(value, tuple) else (value,))]
+            words += option_words(word, *(value if isinstance(value, tuple) else (value,)))
     return shlex.join(words)
+
+
+def option_words(option: str, *values: object) -> list[str]:
+    """The words that give an option these values, whatever they begin with."""
+    # A folder that is named ~ is here not that of the user, in whose place a command takes it.
+    texts = [f"./{value}" if str(value).startswith("~/") else str(value) for value in values]
+    if len(texts) == 1 and texts[0].startswith("-") and not NUMBER.match(texts[0]):
+        return [f"{option}={texts[0]}"]  # apart, it would be an option
+    return [option, *texts]

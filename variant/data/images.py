@@ -62,6 +62,10 @@ WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _FILTERS = Lock()
 _told: set[str] = set()  # warnings that were given: an image is read in every epoch
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+# Pillow's names of the formats that files with these endings are taken to hold; folders in use have
+# mixed them up. Not all that Pillow knows: for an EPS file it starts Ghostscript, a program that
+# runs what the file says.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # With those of images that are not read.
 ALL_SUFFIXES = (
     *SUFFIXES,
@@ -199,11 +203,13 @@ def passed_over(folder: Path, over: Sequence[Path]) -> str:
 def open_image(file: BinaryIO, name: str | Path) -> Image.Image:
     """``Image.open``, which reads the header, without its warning of many pixels.
 
+    The content decides the format, not the ending, but only among :data:`FORMATS`.
+
     Args:
         name: of the file, which Pillow's warnings lack.
     """
     with _named_warnings(name):
-        return Image.open(file)
+        return Image.open(file, "r", FORMATS)
 
 
 @contextmanager

@@ -30,6 +30,12 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     """Values as int64 on the CPU.  Raises: TypeError if one is not an integer."""
     if isinstance(values, Tensor) and not _has_values(values):
         raise TypeError(f"{op}: {name} must be a plain tensor of integers; got {shown(values)}")
+    # torch takes True beside integers as 1, the bytes of a text, and what a mask hides.
+    if _has_booleans(values):
+        raise TypeError(f"{op}: {name} must be integers; got bool")
+    if isinstance(values, bytearray) or np.ma.is_masked(values):
+        got = "masked values" if isinstance(values, np.ndarray) else "bytearray"
+        raise TypeError(f"{op}: {name} must be integers; got {got}")
     try:
         tensor = torch.as_tensor(_plain(values), device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -43,6 +49,23 @@ def _integers(op: str, name: str, values: object) -> Tensor:
         raise TypeError(f"{op}: {name} must be integers below 2^63; got larger ones (uint64)")
     # A copy: the caller may write into his own, also between two batches.
     return tensor.to(torch.int64, copy=True)
+
+
+def _has_booleans(values: object, levels: int = 3) -> bool:
+    """Whether a list, also one of lists or an array of objects, holds a boolean.
+
+    Args:
+        levels: of lists that are looked at; those of arguments have two, and one may hold itself.
+    """
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind == "O" and _has_booleans(values.tolist(), levels)
+    if not isinstance(values, list | tuple) or not levels:
+        return False
+    kinds = set(map(type, values))
+    if not kinds.isdisjoint((bool, np.bool_)):
+        return True
+    nested = not kinds.isdisjoint((list, tuple))
+    return nested and any(_has_booleans(value, levels - 1) for value in values)
 
 
 def _plain(values: object) -> object:

@@ -130,8 +130,6 @@ def evaluate_digits_model(
     Raises:
         UserError: the model does not generate 10 classes at a multiple of 8 pixels.
     """
-    labels = torch.arange(count, device="cpu") % NUM_CLASSES
-    result = model.generate(labels, depth=depth, cfg=cfg, top_k=0, top_p=top_p, seed=seed)
     config = model.vae.config
     if model.var.config.num_classes != NUM_CLASSES or config.image_size % SIDE:
         raise UserError(
@@ -139,6 +137,8 @@ def evaluate_digits_model(
             f"of {SIDE} pixels; got {counted(model.var.config.num_classes, 'class')}, "
             f"{config.image_size} pixels"
         )
+    labels = torch.arange(count, device="cpu") % NUM_CLASSES
+    result = model.generate(labels, depth=depth, cfg=cfg, top_k=0, top_p=top_p, seed=seed)
     data = DigitsData(DataSection("digits"), config.image_size, config.in_channels, seed=0)
     training_tokens = model.vae.encode(data.scans())
     return evaluate_digits(
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             for depth in trained_depths(model.var.config)
         }
-    except UserError as error:
+    except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.json:

@@ -162,8 +162,8 @@ def validate_dataclass(kind: type[Config], values: Mapping[str, Any]) -> Config:
         ValidationError: with every problem.  RecursionError: the values are nested too deeply.
     """
     # As JSON, because strict validation of Python values takes no lists as tuples. Dates of TOML
-    # become text, which no key takes.
-    text = json.dumps(dict(values), default=str)
+    # become objects, which no key takes; keys of text would take them as text.
+    text = json.dumps(dict(values), default=lambda value: {type(value).__name__: str(value)})
     return _adapter(kind).validate_json(text, strict=True)
 
 

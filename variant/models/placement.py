@@ -53,7 +53,11 @@ def check_dtype(
 
 
 def check_device(
-    op: str, device: torch.device | str | int | None, *, name: str = "device"
+    op: str,
+    device: torch.device | str | int | None,
+    *,
+    name: str = "device",
+    computes: bool = False,
 ) -> torch.device | None:
     """A device that is present on this machine.
 
@@ -61,6 +65,7 @@ def check_device(
         op, name: of the function and of its argument, for the message.
         device: as ``torch.device`` takes it: "cpu", "cuda", "cuda:1", a torch.device, or the index
             of a GPU; None stays None.
+        computes: whether values are computed there, which meta does not hold.
     Raises:
         TypeError: of another type.
         ValueError: torch knows no such device, or this machine has none.
@@ -88,9 +93,11 @@ def check_device(
         raise ValueError(f'{op}: {name} "{found}" is not there: torch {has}; give {remedy}')
     try:
         torch.empty(0, device=found)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f'{op}: {name} "{found}" cannot be used: {first[:120]}; give "cpu"'
         ) from None
+    if computes and found.type == "meta":
+        raise ValueError(f'{op}: {name} "{found}" cannot be used: it holds no values; give "cpu"')
     return found

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from variant.paths import printable
 from variant.training.phase_ends import ENDED
 from variant_kernels.wording import counted
 
@@ -189,7 +190,10 @@ class RunConsole:
         return is_due
 
     def _print(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False)
+        # Names of files may hold brackets, or a word between colons.
+        self.console.print(
+            printable(text), soft_wrap=True, highlight=False, markup=False, emoji=False
+        )
 
 
 def _losses(losses: Mapping[str, float]) -> str:
