@@ -361,6 +361,26 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "where"),
+    [
+        ("var.blocks.1", "norm_eps", 0.5, r"var\.blocks\[1\]"),
+        ("var.blocks.0.attn", "softmax_scale", 0.5, r"var\.blocks\[0\]\.attn"),
+        ("vae.quantize.quant_resi.qresi_ls.0", "ratio", 0.1, r"vae\.quantize\..*\[0\]"),
+        ("vae.decoder.conv_in", "padding_mode", "circular", r"vae\.decoder\.conv_in"),
+    ],
+)
+def test_a_setting_that_a_file_does_not_have_is_refused_by_name(part, name, value, where, tmp_path):
+    model = small_model()
+    own = getattr(model.get_submodule(part), name)
+    setattr(model.get_submodule(part), name, value)
+    with pytest.raises(ValueError, match=rf"^save_pretrained: {where}\.{name} must be {own!r}, as"):
+        model.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=rf"^save_original: {where}\.{name} must be"):
+        save_original(model.var, model.vae, tmp_path / "a.pth", tmp_path / "b.pth")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError):
         small_model().save_pretrained(tmp_path / "model", {"x": torch.zeros(1)})
