@@ -61,6 +61,7 @@ def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tenso
     """:func:`linear` where no gradient is wanted: in the forward or backward pass of an op."""
     if not _is_for_onednn(x, weight_OI, bias_O):
         return F.linear(x, weight_OI, bias_O)
+    bias_O = None if bias_O is None else bias_O.contiguous()  # its stride is not looked at
     return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
 
 
