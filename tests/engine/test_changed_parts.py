@@ -330,6 +330,47 @@ def test_settings_of_parts_that_change_are_seen(change, options):
     assert torch.equal(engine.generate(LABELS, seed=0).images, images)
 
 
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+def test_parameters_of_any_stride_give_the_same(options):
+    model = gated_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    label, words = torch.tensor([1]), model.vae.teacher_input(TOKENS)
+
+    def results():
+        engine = Engine(model.var, model.vae, **options)
+        own = model.var(label, words).detach(), model.vae.decode(TOKENS)
+        return engine.forced_logits(label, TOKENS), engine.decode(TOKENS), *own
+
+    expected = results()
+    for part in model.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:  # between numbers that would be noticed
+                apart = torch.stack((parameter.detach(), torch.full_like(parameter, 1e30)), -1)
+                part._parameters[name] = nn.Parameter(apart[..., 0])
+    for found, own in zip(results(), expected, strict=True):
+        assert (found - own).abs().max() <= 1e-4 * own.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+@pytest.mark.parametrize("part", ["var.head", "vae.decoder.conv_in"])
+def test_a_tensor_in_the_place_of_a_parameter_that_changes_is_seen(part, options):
+    model = small_model()
+    engine, owner = Engine(model.var, model.vae, **options), model.get_submodule(part)
+    own = owner.weight.detach()
+    engine.generate(LABELS, seed=0)
+    del owner.weight
+    for change in ("put", "changed in place", "another"):
+        if change == "changed in place":
+            owner.weight.mul_(1.5)
+        else:
+            owner.weight = own.clone() if change == "put" else own * 2
+        found = engine.generate(LABELS, seed=0)
+        expected = Engine(model.var, model.vae, **options).generate(LABELS, seed=0)
+        assert torch.equal(found.images, expected.images), change
+
+
 @pytest.mark.parametrize("is_used", [False, True])
 @pytest.mark.parametrize("path", ["blocks.1", "head_nm", "config"])
 def test_a_setting_that_is_the_configs_is_refused_by_name(path, is_used):

@@ -156,7 +156,8 @@ class Version(NamedTuple):
     members: numbers of the attributes of each module, among which other methods may be.
     settings: numbers, texts and configs among these attributes: padding modes, softmax scales.
     hooks: ids of all forward hooks and forward pre-hooks.
-    tensors: of every parameter and buffer its identity, address and version.
+    tensors: of every parameter and buffer, and of tensors that a caller put in the place of one,
+        the identity, address and version.
     """
 
     modules: tuple[nn.Module, ...]
@@ -183,7 +184,8 @@ class WeightsVersion:
     """Reads a :class:`Version`, which differs after any change but one in place by ``.data``.
 
     Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle.
-    While every module has the same children as at the last walk, its result is used again.
+    While every module has the same children as at the last walk, and as many attributes, its
+    result is used again.
     """
 
     def __init__(self) -> None:
@@ -193,10 +195,14 @@ class WeightsVersion:
         self._hooks: Sequence[Mapping[int, Any]] = []
         self._members: Sequence[Mapping[str, Any]] = []
         self._settings: tuple[Sequence[Mapping[str, Any]], Sequence[str]] = ([], [])
+        # Tensors that are neither parameters nor buffers.
+        self._plain: Sequence[tuple[Mapping[str, Any], str]] = []
+        self._counts: list[int] = []
 
     def __call__(self, var: VAR, vae: VQVAE) -> Version:
         """The version of now."""
-        if self._children != [var, vae, *_children(self._modules)]:
+        known = self._children, self._counts
+        if known != ([var, vae, *_children(self._modules)], list(map(len, self._members))):
             self._modules = (*var.modules(), *vae.modules())
             holders = [(module._parameters, module._buffers) for module in self._modules]
             self._holders = list(chain.from_iterable(holders))
@@ -208,6 +214,13 @@ class WeightsVersion:
                 if isinstance(value, VARConfig | VQVAEConfig) or is_setting(name, value)
             ]
             self._settings = [members for members, _ in settings], [name for _, name in settings]
+            self._plain = [
+                (members, name)
+                for members in self._members
+                for name, value in members.items()
+                if isinstance(value, Tensor)
+            ]
+            self._counts = list(map(len, self._members))
             hooks = ("_forward_pre_hooks", "_forward_hooks")
             self._hooks = [members[name] for members in self._members for name in hooks]
             # Last: another thread takes the rest as it is where this is of now.
@@ -216,7 +229,7 @@ class WeightsVersion:
             self._modules,
             tuple(map(type, self._modules)),
             tuple([members.get("forward") for members in self._members]),
-            tuple(map(len, self._members)),
+            tuple(self._counts),
             tuple(map(_GET, *self._settings)),
             tuple(chain.from_iterable(self._hooks)),
             # The identity, as another parameter may be a view of the same memory.
@@ -233,7 +246,12 @@ class WeightsVersion:
         return (*version[:-1], kinds)
 
     def _tensors(self) -> Iterator[Tensor]:
-        return (t for holder in self._holders for t in holder.values() if t is not None)
+        yield from (t for holder in self._holders for t in holder.values() if t is not None)
+        for members, name in self._plain:
+            value = members.get(name)
+            # Those that a hook makes of parameters are made anew at each call of the module.
+            if isinstance(value, Tensor) and not members["_forward_pre_hooks"]:
+                yield value
 
 
 def _children(modules: Sequence[nn.Module]) -> list[nn.Module | None]:
