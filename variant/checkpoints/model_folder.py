@@ -25,7 +25,7 @@ from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
 from variant.folder_lock import clear_leftovers, saving
-from variant.models.parts import SkipInit, check_saved
+from variant.models.parts import SkipInit, check_saved, shown_text
 from variant.models.placement import WEIGHT_DTYPES
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -38,6 +38,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 READS = 5  # of a folder that is saved into meanwhile
 RESERVED = ("format", "var", "vae")  # keys of config.json that save_model writes
+PARTS = ("var", "vae")
+SIZES = "config"  # in the header of the weights: these two entries of config.json, as JSON
 MAX_LISTED = 10  # keys in a warning
 MAX_NESTING = 100  # of extra; also ends at a list that holds itself
 
@@ -91,7 +93,8 @@ def save_model(
         # keeps the old pair.
         with atomic_write(folder / CONFIG_NAME) as path:
             path.write_text(text, encoding="utf-8")
-            save_safetensors(folder / WEIGHTS_NAME, tensors)
+            sizes = {part: config[part] for part in PARTS}
+            save_safetensors(folder / WEIGHTS_NAME, tensors, metadata={SIZES: json.dumps(sizes)})
         card_path = folder / CARD_NAME
         if was_generated(card_path):
             card = model_card(
@@ -210,7 +213,35 @@ def _load_model(
     }
     var = build(VAR, var_config, parts["var."], str(path), device, dtype, strict=strict)
     vae = build(VQVAE, vae_config, parts["vae."], str(path), device, strict=strict)
+    _compare_sizes(folder, config, stored)
     return var.eval(), vae.eval(), config
+
+
+def _compare_sizes(folder: Path, config: Mapping[str, Any], stored: Mapping[Any, Any]) -> None:
+    """A warning that names settings that config.json had otherwise when the weights were saved.
+
+    config.json has no checksum, and may be edited; a damaged digit would go unnoticed.
+    """
+    text = getattr(stored, "metadata", {}).get(SIZES)
+    try:
+        saved = None if text is None else json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        return
+    changes = [
+        f"{part}.{name} is {config[part].get(name)!r}, and was {saved[part].get(name)!r}"
+        for part in PARTS
+        if isinstance(saved.get(part), dict)
+        for name in sorted(config[part].keys() | saved[part].keys())
+        if config[part].get(name) != saved[part].get(name)
+    ]
+    if changes:
+        warnings.warn(
+            f"{folder / CONFIG_NAME}: {shown_text('; '.join(changes))} when the weights were "
+            "saved: it was edited since, or is damaged",
+            stacklevel=4,
+        )
 
 
 def build(
