@@ -828,6 +828,30 @@ def test_kept_copies_follow_a_fused_optimiser():
 
 
 @torch.inference_mode()
+def replica(module):
+    """As DataParallel makes them: parameters are plain attributes."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            made._parameters[name] = None
+        else:
+            setattr(made, name, parameter.detach().clone())
+    return made
+
+
+# Infinity itself has no replicas: its list of blocks stays that of the model.
+@pytest.mark.parametrize("family", ["VAR", "CoDe"])
+def test_a_replica_of_data_parallel_paints_the_same(family):
+    model = seeded(family).requires_grad_(False)
+    expected = paint(model)
+    with patch(model):
+        for found in (paint(replica(model)), paint(model)):
+            assert torch.equal(found[0], expected[0])
+            assert (found[1] - expected[1]).abs().max() < 1e-4 * expected[1].abs().max()
+
+
 def test_no_copies_are_kept_of_weights_of_inference_mode():
     model = seeded("VAR")
     with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):
