@@ -20,6 +20,7 @@ from torch._C import (
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from variant_kernels.plans.scale_layout import ScaleLayout
 from variant_kernels.untraced import untraced
@@ -105,8 +106,11 @@ def _has_values(bias: Tensor) -> bool:
     torch.func's transforms take or make."""
     if bias.is_meta or is_functorch_wrapped_tensor(bias) or is_legacy_batchedtensor(bias):
         return False
-    is_plain = type(bias) in (Tensor, torch.nn.Parameter) and _len_torch_dispatch_stack() == 0
-    return is_plain or detect_fake_mode([bias]) is None
+    if type(bias) in (Tensor, torch.nn.Parameter) and _len_torch_dispatch_stack() == 0:
+        return True
+    # What make_fx traces is a graph for any mask.
+    modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
+    return "ProxyTorchDispatchMode" not in modes and detect_fake_mode([bias]) is None
 
 
 def _has_tangent(bias: Tensor) -> bool:

@@ -13,6 +13,7 @@ from lookalike_var import LookalikeVAR, SelfAttention, lookalike
 from torch import func, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import variant_kernels.masks as masks
@@ -487,6 +488,15 @@ def test_forward_mode_derivatives_by_the_mask_are_not_dropped():
     # The error is that of torch's attention, which runs for such a mask.
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
         ours(x, forward_ad.make_dual(mask, torch.ones_like(mask)))
+
+
+def test_a_graph_of_make_fx_holds_for_another_mask():
+    _, ours = pair()
+    x, mask = torch.randn(1, LAYOUT.total, 64), causal()
+    ours.requires_grad_(False)
+    graph = make_fx(lambda x, mask: ours(x, mask))(x, mask)
+    for other in (mask, torch.zeros_like(mask)):
+        close(graph(2 * x, other), ours(2 * x, other))
 
 
 def test_another_dtype_while_caching_is_named():
