@@ -30,6 +30,7 @@ from variant.models.placement import WEIGHT_DTYPES
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
+from variant.paths import MAX_TEXT_BYTES, unique_keys
 from variant.tensor_files import StoredTensor, read_all
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
@@ -68,7 +69,8 @@ def save_model(
         TypeError: ``extra`` holds a value that JSON cannot represent, or a part of a model was
             removed or replaced.
         ValueError: layers of ``var`` were removed or added, a part has other tensors than the
-            config asks for, or ``extra`` has a key that save_model writes itself.
+            config asks for, or ``extra`` has a key that save_model writes itself, or could not be
+            read again.
     """
     folder = Path(folder)
     check_extra("save_pretrained", extra or {})
@@ -85,7 +87,7 @@ def save_model(
         "var": var.config.to_dict(),
         "vae": vae.config.to_dict(),
     }
-    text = json.dumps(config, indent=1) + "\n"
+    text = _as_json("save_pretrained", config)
     with saving(folder) as is_locked:
         if is_locked:
             clear_leftovers(folder, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
@@ -123,6 +125,22 @@ def check_extra(op: str, extra: Mapping[str, Any]) -> None:
             )
         if not isinstance(key, str):
             raise TypeError(f"{op}: the keys of extra must be text; got {key!r}")
+
+
+def _as_json(op: str, config: Mapping[str, Any]) -> str:
+    """The text of config.json.  Raises: ValueError, if it could not be read again."""
+    try:
+        text = json.dumps(config, indent=1) + "\n"
+        json.loads(text, object_pairs_hook=unique_keys)
+    except ValueError as error:  # keys that are one text, a number of too many digits
+        raise ValueError(
+            f"{op}: extra must be readable again as JSON, where keys are text: {error}"
+        ) from None
+    if len(text) > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{op}: {CONFIG_NAME} may have {MAX_TEXT_BYTES:,} bytes; with extra it has {len(text):,}"
+        )
+    return text
 
 
 def _not_json(where: str, value: Any, depth: int = 0) -> tuple[str, Any] | None:
