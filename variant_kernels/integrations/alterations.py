@@ -60,7 +60,9 @@ def is_setting(name: str, value: object) -> bool:
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """What decides, beside tensors and code, what a module computes: ``eps``, ``padding_mode``."""
-    return {name: value for name, value in vars(module).items() if is_setting(name, value)}
+    members = vars(module)
+    own = [name for name in members if name not in _OF_ALL_MODULES]
+    return {name: members[name] for name in own if is_setting(name, members[name])}
 
 
 # --- at each call -------------------------------------------------------------------------------
