@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 VARIANT = (
     "errors",
     "paths",
+    "differences",
     "named_functions",
     "torch_modes",
     "models",

@@ -28,6 +28,7 @@ from variant_kernels.integrations.base import (
     PatchError,
     compare_outputs,
     kept_members,
+    one_thread,
 )
 from variant_kernels.integrations.var import VARFamily
 
@@ -66,6 +67,12 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
             message names what is missing or differs.
     """
     var, vae = _unwrapped("var", var), _unwrapped("vae", vae)
+    with one_thread("accelerate", UserError):
+        return _accelerated(var, vae)
+
+
+def _accelerated(var: nn.Module, vae: nn.Module) -> VARiant:
+    """The same, while no other thread patches one of the two."""
     if not FAMILY.recognise(var):
         raise UserError(
             f"accelerate: var must be a VAR of the original repository, with {FAMILY.structure}; "

@@ -26,6 +26,7 @@ from variant_kernels.integrations.alterations import (
     readable,
     settings_of,
 )
+from variant_kernels.integrations.base import one_thread
 from variant_kernels.untraced import untraced
 
 
@@ -78,6 +79,10 @@ class LiveWeights:
         Raises:
             UserError: it was changed in a way that cannot be followed.
         """
+        with one_thread("accelerate", UserError):
+            self._check()
+
+    def _check(self) -> None:
         for where, parent, name, child in self._children:
             if parent._modules.get(name) is not child:
                 raise self._changed(f"{where} is another module now")

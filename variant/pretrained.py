@@ -177,6 +177,7 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
         device: torch.device | str | int | None = None,
         torch_dtype: torch.dtype | str | None = None,
         map_location: torch.device | str | int | None = None,
+        strict: bool = True,
     ) -> Self:
         """A model from files of the original repository; sizes are read from tensor shapes.
 
@@ -203,6 +204,8 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
                 of several the widest.
             device: of both models; None is the CPU.
             torch_dtype, map_location: other names of dtype and device.
+            strict: False lets weights be missing (they are initialised) or unexpected, and warns;
+                those that tell the sizes must be there.
         Returns:
             The model in eval mode.
         Raises:
@@ -220,6 +223,7 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
             cast_to,
             place,
             weights=weights,
+            strict=boolean(op, "strict", strict),
             patch_nums=patch_nums,
             norm_eps=norm_eps,
             cond_drop_rate=cond_drop_rate,

@@ -6,7 +6,20 @@
 #include "attention_core.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
+
+// Of paged_attention_float16.cpp.
+void paged_attention_float16_forward(const PagedAttentionForwardArgs& a);
+
 namespace {
+
+// Pages of q's dtype.
+template <class T>
+struct PlainPages {
+  typedef const T* Row;
+  HeadView k, v;
+  Row key(int64_t page, int64_t slot, int64_t h) const { return row<T>(k, page, slot, h); }
+  Row value(int64_t page, int64_t slot, int64_t h) const { return row<T>(v, page, slot, h); }
+};
 
 // A single key has probability 1 for every finite score, and NaN otherwise. The first scale of
 // every image is such a call; computing it takes less time than packing its operands.

@@ -32,11 +32,10 @@ inline float norm_of(const T* x, int64_t width) {
 inline float divisor_of(float norm) { return norm < kQkNormEps ? kQkNormEps : norm; }
 
 // x / divisor * factor. float32 is divided, not multiplied by a reciprocal: unit vectors keep their
-// last bit. bfloat16 rounds far above that; factor / divisor is at most 1e14 and cannot overflow.
+// last bit; float16 is computed as float32 is. bfloat16 rounds far above that; factor / divisor is
+// at most 1e14 and cannot overflow.
 template <class T>
-struct Scaling;
-template <>
-struct Scaling<float> {
+struct Scaling {
   float divisor, factor;
   template <class X>
   X operator()(X x) const {

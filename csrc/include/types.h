@@ -9,7 +9,7 @@
 
 namespace variant {
 
-// The CPU kernels have no float16.
+// On a CPU only paged attention and the append take float16.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // (B, C): one row per sequence.

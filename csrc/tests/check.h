@@ -42,7 +42,27 @@ inline uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// A flat tensor of either dtype; elements read as double.
+inline double fp16_to_double(uint16_t bits) {
+  const int exponent = bits >> 10 & 0x1f, fraction = bits & 0x3ff;
+  double value =
+      exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(fraction + 1024, exponent - 25);
+  if (exponent == 31) value = fraction ? kNaN : std::numeric_limits<double>::infinity();
+  return bits >> 15 ? -value : value;
+}
+
+// Rounds to nearest, ties to even.
+inline uint16_t double_to_fp16(double value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return sign | 0x7e00;
+  const double magnitude = std::fabs(value);
+  if (magnitude >= 65520) return sign | 0x7c00;
+  const int exponent = std::max(-14, magnitude > 0 ? std::ilogb(magnitude) : -14);
+  // Units of the last place; 1024 and more carry into the exponent's field.
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units));
+}
+
+// A flat tensor of any dtype; elements read as double.
 class Values {
  public:
   Values(DType dtype, int64_t count, double fill = kNaN) : dtype_(dtype) {
@@ -60,11 +80,14 @@ class Values {
     return values;
   }
   double operator[](int64_t i) const {
-    return dtype_ == DType::kFloat32 ? wide_[i] : bf16_to_float(narrow_[i]);
+    if (dtype_ == DType::kFloat32) return wide_[i];
+    return dtype_ == DType::kFloat16 ? fp16_to_double(narrow_[i]) : bf16_to_float(narrow_[i]);
   }
   void set(int64_t i, double value) {
     if (dtype_ == DType::kFloat32) {
       wide_[i] = static_cast<float>(value);
+    } else if (dtype_ == DType::kFloat16) {
+      narrow_[i] = double_to_fp16(value);
     } else {
       narrow_[i] = float_to_bf16(static_cast<float>(value));
     }
@@ -75,7 +98,10 @@ class Values {
   }
   int64_t size() const { return static_cast<int64_t>(wide_.size() + narrow_.size()); }
   DType dtype() const { return dtype_; }
-  const char* name() const { return dtype_ == DType::kFloat32 ? "float32" : "bfloat16"; }
+  const char* name() const {
+    if (dtype_ == DType::kFloat32) return "float32";
+    return dtype_ == DType::kFloat16 ? "float16" : "bfloat16";
+  }
 
  private:
   DType dtype_;
@@ -84,7 +110,10 @@ class Values {
 };
 
 // The rounding of the dtype, with a margin for the order of sums.
-inline double tolerance(DType dtype) { return dtype == DType::kFloat32 ? 2e-5 : 1.2e-2; }
+inline double tolerance(DType dtype) {
+  if (dtype == DType::kFloat32) return 2e-5;
+  return dtype == DType::kFloat16 ? 1e-3 : 1.2e-2;
+}
 
 // Largest difference relative to the largest expected value (at least `scale`).
 inline void check_close(const char* isa, const char* what, const Values& got,

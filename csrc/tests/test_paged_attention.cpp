@@ -72,12 +72,62 @@ void run_case(const char* isa, const KernelTable& table, const Case& c, DType dt
   check_close(isa, "out", out, want);
 }
 
+// Scores of 0 weigh all keys alike: the output is the exact mean of values, rounded once. Two
+// neighbouring float16 have a tie between them, four keys give the quarters beside it.
+void check_float16_rounding(const char* isa, const KernelTable& table, int32_t keys) {
+  constexpr int64_t kWidth = 256, kFinite = 0x7c00;
+  const int64_t slot = kFinite;  // all non-negative finite float16, as heads of kWidth
+  const int64_t heads = kFinite / kWidth;
+  Values q(DType::kFloat16, slot, 0.0), k(DType::kFloat16, keys * slot, 0.0);
+  Values v(DType::kFloat16, keys * slot), out(DType::kFloat16, slot);
+  for (const double sign : {1.0, -1.0}) {
+    std::vector<double> want(slot);
+    for (int64_t i = 0; i < slot; ++i) {
+      const double value = sign * fp16_to_double(static_cast<uint16_t>(i));
+      const double next =
+          sign * fp16_to_double(static_cast<uint16_t>(std::min<int64_t>(i + 1, kFinite - 1)));
+      for (int32_t s = 0; s < keys; ++s) v.set(s * slot + i, s == 0 ? value : next);
+      want[i] = fp16_to_double(double_to_fp16((value + (keys - 1) * next) / keys));
+    }
+    const std::vector<int32_t> page_table = {0}, lengths = {keys};
+    table.paged_attention_forward({1, 1, heads, kWidth, keys,
+                                   HeadView{q.data(), slot, slot, kWidth},
+                                   HeadView{k.data(), keys * slot, slot, kWidth},
+                                   HeadView{v.data(), keys * slot, slot, kWidth}, page_table.data(),
+                                   1, lengths.data(), out.data(), 0.0f, DType::kFloat16, 1});
+    for (int64_t i = 0; i < slot; ++i) {
+      CHECK(out[i] == want[i], "%s %d keys: %g for %g", isa, keys, out[i], want[i]);
+    }
+  }
+}
+
+// A single key's value comes back as it is, infinities and NaN included.
+void check_float16_specials(const char* isa, const KernelTable& table) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const std::vector<double> specials = {infinity, -infinity, kNaN,  65504.0,
+                                        -65504.0, 6e-8,      -6e-8, 0};
+  Values q(DType::kFloat16, 16, 0.0), k(DType::kFloat16, 16, 0.0), v(DType::kFloat16, 16, 0.0);
+  Values out(DType::kFloat16, 16);
+  for (size_t i = 0; i < specials.size(); ++i) v.set(static_cast<int64_t>(i), specials[i]);
+  const std::vector<int32_t> page_table = {0}, lengths = {1};
+  const auto of = [](Values& x) { return HeadView{x.data(), 16, 16, 16}; };
+  table.paged_attention_forward({1, 1, 1, 16, 1, of(q), of(k), of(v), page_table.data(), 1,
+                                 lengths.data(), out.data(), 0.3f, DType::kFloat16, 1});
+  for (int64_t i = 0; i < 16; ++i) {
+    CHECK(out[i] == v[i] || (std::isnan(out[i]) && std::isnan(v[i])), "%s: %g for %g", isa, out[i],
+          v[i]);
+  }
+}
+
 }  // namespace
 
 int main() {
   for_each_isa([](const char* isa, const KernelTable& table) {
+    check_float16_rounding(isa, table, 2);
+    check_float16_rounding(isa, table, 4);
+    check_float16_specials(isa, table);
     std::mt19937 engine(4);
-    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       for (const Case& c :
            {Case{1, 1, 16, 4, {1}}, Case{5, 2, 24, 7, {0, 13, 97}}, Case{70, 2, 64, 16, {200, 33}},
             Case{3, 2, 256, 1, {5}}, Case{66, 1, 40, 16, {96, 97}}, Case{2, 1, 80, 3, {0}},

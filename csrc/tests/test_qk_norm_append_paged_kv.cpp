@@ -86,7 +86,7 @@ void run_case(const char* isa, const KernelTable& table, int64_t heads, int64_t 
 int main() {
   for_each_isa([](const char* isa, const KernelTable& table) {
     std::mt19937 engine(4);
-    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       for (const bool norm : {true, false}) {
         run_case(isa, table, 1, 16, norm, dtype, engine);
         run_case(isa, table, 3, 24, norm, dtype, engine);

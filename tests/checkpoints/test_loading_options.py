@@ -342,6 +342,47 @@ def test_another_shape_is_refused_also_without_strict(folder):
         VARiant.from_pretrained(folder, strict=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
+def test_strict_false_of_original_files_names_what_does_not_fit(tmp_path):
+    model = small_model()
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    save_original(model.var, model.vae, *paths)
+    complete = [torch.load(path) for path in paths]
+    gone = ("head.bias", "quant_conv.bias")
+    extra = ({"blocks_extra.weight": torch.ones(2)}, {"discriminator.bias": torch.ones(3)})
+    for path, state, key, more in zip(paths, complete, gone, extra, strict=True):
+        torch.save({k: v for k, v in (state | more).items() if k != key}, path)
+    for options in ({}, {"strict": True}):
+        with pytest.raises(UserError, match=r"Missing key.*head\.bias.*blocks_extra\.weight"):
+            VARiant.from_var_checkpoint(*paths, **options)
+    with pytest.warns(UserWarning, match="not all weights fit") as caught:
+        loaded = VARiant.from_var_checkpoint(*paths, strict=False, dtype="bfloat16")
+    text = " ".join(str(warning.message) for warning in caught)
+    for path, key, (other,) in zip(paths, gone, extra, strict=True):
+        assert f"{path}: not all weights fit this " in text, text
+        assert f"missing (initialised) keys: {key}; unexpected (left out) keys: {other}" in text
+    model.var.bfloat16()
+    torch.nn.init.zeros_(model.var.head.bias)  # as VAR.init_weights sets it
+    assert same_weights(loaded.var, model.var)
+    same = loaded.vae.state_dict() | {"quant_conv.bias": None}
+    assert all(
+        same[k] is None or torch.equal(same[k], v) for k, v in model.vae.state_dict().items()
+    )
+    assert loaded.vae.quant_conv.bias.isfinite().all()
+    assert not loaded.training
+    # What tells a size is needed; another shape is refused.
+    for key, changes, message in (
+        ("class_emb.weight", {}, "is not a VAR transformer: it has no class_emb.weight"),
+        ("", {"head.bias": torch.zeros(7)}, r"size mismatch for head\.bias"),
+    ):
+        state = {k: v for k, v in complete[0].items() if k != key}
+        torch.save(state | changes, paths[0])
+        with pytest.raises(UserError, match=message):
+            VARiant.from_var_checkpoint(*paths, strict=False)
+    with pytest.raises(TypeError, match=r"^from_var_checkpoint: strict must be"):
+        VARiant.from_var_checkpoint(*paths, strict="no")
+
+
 # --- save_pretrained ------------------------------------------------------------------------------
 
 

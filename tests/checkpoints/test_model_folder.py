@@ -235,9 +235,11 @@ def test_a_layout_that_does_not_fit_the_model_is_named(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
-    described["vae"]["patch_nums"] = [1, 2, 4]
+    described["vae"] |= {"patch_nums": [1, 2, 4], "vocab_size": 99}
     (tmp_path / "config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"config.json: the transformer .* agree on patch_nums"):
+    with pytest.raises(
+        UserError, match=r"config.json: the transformer .* agree on patch_nums; .*; on vo"
+    ):
         VARiant.from_pretrained(tmp_path)
 
 

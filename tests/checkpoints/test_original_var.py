@@ -202,7 +202,10 @@ def test_a_hub_form_whose_config_does_not_fit_its_weights_is_named(tmp_path):
     golden = load_golden("plain")
     vae_path = write(tmp_path, golden.vae_state, "vae.pth")
     for changes, message in (
-        ({"depth": 5}, "has depth 5, but the weights have 6"),
+        (
+            {"depth": 5, "mlp_ratio": 3},
+            "json has depth 5, but the weights have 6; mlp_ratio 3, but the weights have 4.0$",
+        ),
         ({"num_heads": 4}, r"the weights have num_heads 2, but config\.json has 4"),
         ({"patch_nums": [1, 2, 3, 4, 5, 6, 9]}, r"but config\.json has \(1, 2, 3, 4, 5, 6, 9\)"),
         ({"norm_eps": -1}, r"config\.json: norm_eps must be a finite number in \[0, 1\]; got -1"),

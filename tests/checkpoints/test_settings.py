@@ -124,8 +124,13 @@ def saved_trainer(tmp_path, args=None, config=None):
 
 
 def test_places_of_a_file_that_disagree_are_refused(tmp_path):
-    path = saved_trainer(tmp_path, {"norm_eps": 1e-5}, {"norm_eps": 1e-4})
-    message = "args has norm_eps 1e-05, but the checkpoint's trainer/config has 0.0001"
+    path = saved_trainer(
+        tmp_path, {"norm_eps": 1e-5, "num_heads": 2}, {"norm_eps": 1e-4, "num_heads": 4}
+    )
+    message = (
+        "args has num_heads 2, but the checkpoint's trainer/config has 4; "
+        "the checkpoint's args has norm_eps 1e-05, but the checkpoint's trainer/config has 0.0001$"
+    )
     with pytest.raises(UserError, match=message):
         VARiant.from_var_checkpoint(path, path)
 

@@ -197,9 +197,12 @@ def test_a_folder_of_another_run_is_refused_and_kept(model, tmp_path, run):
     before = pictures(tmp_path / "o")
     for more, message in (
         ((), "holds images of an earlier run; give --resume"),
-        (("--resume", "--seed", 1), "was generated with seed 0; got 1"),
-        (("--resume", "--count", 2), "was generated with count 1; got 2"),
-        (("--resume", "--depth", 2), r"was generated with depths \[4\]; got \[2\]"),
+        (("--resume", "--seed", 1), "was generated with other settings: seed 0 -> 1; give"),
+        (("--resume", "--depth", 2), r"other settings: depths \[4\] -> \[2\]; give the first"),
+        (
+            ("--resume", "--count", 2, "--seed", 1, "--bridge", 1),
+            "other settings: count 1 -> 2, bridge None -> 1, seed 0 -> 1; give the first value of",
+        ),
         (("--resume", "--overwrite"), "exclude each other"),
     ):
         code, _, error = run(*words, *more)
@@ -219,7 +222,7 @@ def test_a_folder_of_another_run_is_refused_and_kept(model, tmp_path, run):
     )
     code, _, error = run(*words[:2], tmp_path / "model", *words[3:], "--resume")
     assert code == 1
-    assert "was generated with weights " in error
+    assert "was generated with other settings: weights " in error
     # --overwrite leaves nothing of the earlier run.
     assert run(*words[:4], 3, *words[6:], "--overwrite")[0] == 0
     assert list(pictures(tmp_path / "o")) == ["00000_class3.png"]

@@ -101,7 +101,6 @@ def bytes_of_one_image(
     dtype=torch.bfloat16,
     pages=None,
     attention=None,
-    gathers=False,
     scores=False,
     config=VAR_CONFIG,
     **options,
@@ -111,7 +110,6 @@ def bytes_of_one_image(
     launchers = SimpleNamespace(
         pages_dtype=pages or dtype,
         attention_dtype=attention or dtype,
-        gathers_pages=gathers,
         stores_scores=scores,
     )
     settings = {"guidance": True, "packed": True} | options
@@ -133,34 +131,31 @@ def test_bytes_of_one_image_are_those_of_the_tensors_of_a_layer():
     assert half - kv == (streams + 2 * temporary) // 2
 
 
-def test_bytes_of_casts_around_attention_and_of_gathered_pages():
+def test_bytes_of_casts_around_attention_and_of_stored_scores():
     tokens, width, total_tokens = 18, 64, 14
     kv, plain = bytes_of_one_image(torch.float32)
     kv16, cast = bytes_of_one_image(torch.float32, attention=torch.float16, pages=torch.float16)
     assert (cast - kv16) - (plain - kv) == 5 * tokens * width * 2
-    _, gathered = bytes_of_one_image(torch.float32, gathers=True)
-    _, stored = bytes_of_one_image(torch.float32, gathers=True, scores=True)
+    _, stored = bytes_of_one_image(torch.float32, scores=True)
     keys_and_values = 2 * 2 * total_tokens * width * 4  # of both sequences, float32
     scores = 2 * tokens * total_tokens * 8  # two heads, twice in float32
-    assert gathered - plain == keys_and_values
-    assert stored - gathered == scores
+    assert stored - plain == keys_and_values + scores
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "kv_dtype", "gathers", "stores"),
+    ("backend", "dtype", "kv_dtype", "stores"),
     [
-        ("cpu", torch.float32, None, False, False),
-        ("cpu", torch.bfloat16, None, False, False),
-        ("cpu", torch.float16, None, True, False),  # float32 copies
-        ("cpu", torch.float16, KV8_DTYPE, False, False),
-        ("reference", torch.float32, None, True, True),
+        ("cpu", torch.float32, None, False),
+        ("cpu", torch.float16, None, False),
+        ("cpu", torch.float16, KV8_DTYPE, False),
+        ("reference", torch.float32, None, True),
     ],
     ids=str,
 )
-def test_what_attention_gathers_and_stores(backend, dtype, kv_dtype, gathers, stores):
+def test_only_plain_torch_stores_scores(backend, dtype, kv_dtype, stores):
     model = small_model()
     launchers = Launchers(backend, "cpu", dtype, torch.float32, model.var, 16, kv_dtype)
-    assert (launchers.gathers_pages, launchers.stores_scores) == (gathers, stores)
+    assert launchers.stores_scores == stores
 
 
 def test_bytes_of_logits_where_they_are_more_than_a_layers():
@@ -185,7 +180,6 @@ def test_bytes_of_the_decoder_count_once_where_it_is_packed():
     launchers = SimpleNamespace(
         pages_dtype=torch.float32,
         attention_dtype=torch.float32,
-        gathers_pages=False,
         stores_scores=False,
     )
     sizes = VAR_CONFIG, large, plan, torch.float32, launchers

@@ -124,9 +124,10 @@ def test_another_run_is_refused(model, tmp_path, capsys):
     capsys.readouterr()
     for words, key in ((["--seed", 1], "seed"), (["--cfg", 2], "cfg"), (["--depth", 2], "depth")):
         assert run(model, out, *words) == 1
-        assert f"was sampled with {key}" in capsys.readouterr().err
-    assert run(model, out, num=24) == 1
-    assert "was sampled with num 23; got 24" in capsys.readouterr().err
+        assert f"was sampled with other settings: {key} " in capsys.readouterr().err
+    assert run(model, out, "--seed", 1, "--cfg", 2, num=24) == 1
+    changes = "num 23 -> 24, cfg 1.5 -> 2.0, seed 0 -> 1; give the first value of each, or another"
+    assert f"was sampled with other settings: {changes} --out\n" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -152,7 +153,7 @@ def test_the_record_names_the_kernels_that_auto_has_chosen(model, tmp_path, monk
     others = {name for name in recorded["kernels"].values() if name != "reference"}
     monkeypatch.setenv("VARIANT_BACKEND", "reference")
     assert run(model, out) == (1 if others else 0)
-    assert ("was sampled with kernels {" in capsys.readouterr().err) == bool(others)
+    assert ("other settings: kernels." in capsys.readouterr().err) == bool(others)
     # A record of an earlier version, which did not name them, is continued.
     del recorded["kernels"]
     record.write_text(json.dumps(recorded))
@@ -271,7 +272,7 @@ def test_of_ranks_that_begin_at_once_one_records_the_settings(tmp_path, monkeypa
     sampler.sample(None, None, files, {"seed": 0}, rank=0, world_size=2)
     others[0].join()
     assert len(refused) == 1
-    assert "was sampled with seed 0; got 1" in refused[0]
+    assert "was sampled with other settings: seed 0 -> 1;" in refused[0]
     assert json.loads((tmp_path / "a" / "sample.json").read_text())["seed"] == 0
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lookalike_var import lookalike
+from lookalike_var import build_vae_var, lookalike
 from small_models import small_model
 from torch import nn
 
@@ -33,6 +33,30 @@ def test_logits_are_those_of_the_live_model(l2, shared, patched):
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     if handle is not None:
         handle.unpatch()
+
+
+def test_the_first_scale_may_have_several_tokens():
+    vae, model = build_vae_var("cpu", depth=2, sides=(2, 3, 4))
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.nan_to_num_(0.01)  # of convolutions, before a checkpoint is loaded
+    ours = variant.accelerate(model, vae.eval())
+    tokens = torch.randint(24, (2, 29), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(LABELS, vae.teacher_input(tokens))
+    for logits in (
+        ours.engine().forced_logits(LABELS, tokens),
+        ours.var(LABELS, vae.teacher_input(tokens)),
+    ):
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    # Of the four tokens of the first scale a map keeps those that it covers, not all.
+    mask = torch.zeros(4, 4)
+    mask[:2] = 1
+    result = ours.generate(LABELS, seed=0, tokens=tokens, mask=mask)
+    free = ours.generate(LABELS, seed=0)
+    assert torch.equal(result.tokens[:, :2], tokens[:, :2])
+    assert torch.equal(result.tokens[:, 2:4], free.tokens[:, 2:4])
+    assert not torch.equal(result.tokens[:, 2:4], tokens[:, 2:4])
 
 
 def test_another_default_device_changes_nothing():

@@ -42,6 +42,19 @@ def test_a_patched_model_paints_the_same_tokens_and_logits(options):
             assert (close - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
+def test_the_first_scale_may_have_several_tokens():
+    model = lookalike(sides=(2, 3, 4), depth=2)
+    tokens, logits = paint(model)
+    with patch(model) as handle:
+        again, close = paint(model)
+        assert torch.equal(again, tokens)
+        assert (close - logits).abs().max() < 1e-4 * logits.abs().max()
+        layout = ScaleLayout.from_patch_nums(model.patch_nums)
+        plan = CachePlan(layout, DepthSchedule.full(2, 3))
+        planned = plan.peak_bytes(4, 2, 32, torch.float32, guidance=False)
+        assert handle.stats().kv_allocated_bytes == planned
+
+
 def test_another_default_device_changes_nothing():
     model = lookalike()
     with torch.device("meta"):

@@ -97,7 +97,7 @@ def test_equals_qk_norm_then_append_bit_by_bit(problem, backend):
     expected_pages = k_pages.clone(), v_pages.clone()
     q, k, v = qkv.unbind(2)
     if scale is not None and (backend, q.dtype) == ("cpu", torch.float16):
-        # By way of float32, rounded once: qk_norm itself has no float16 there.
+        # Computed in float32, rounded once: qk_norm itself has no float16 there.
         q, k = (x.half() for x in qk_norm(q.float(), k.float(), scale, backend="cpu"))
     elif scale is not None:
         q, k = qk_norm(q, k, scale, backend=backend)

@@ -73,6 +73,11 @@ def test_subnets_and_dropout_may_differ_from_the_start(recipe, trained):
         ({"num_heads": 1}, "model.num_heads must be 2, as in the model; got 1"),
         ({"norm_eps": 1e-5}, "model.norm_eps must be 1e-06, as in the model; got 1e-05"),
         ({"mlp_ratio": 2.0, "shared_aln": True}, "model.mlp_ratio must .*; model.shared_aln must"),
+        (
+            {"depth": 2, "embed_dim": 64, "num_heads": 1, "norm_eps": 1e-5}
+            | {"mlp_ratio": 2.0, "shared_aln": True},
+            "model.depth must .*; model.norm_eps must [^;]*; got 1e-05 and 1 more$",
+        ),
     ],
 )
 def test_a_transformer_of_other_sizes_names_the_keys(recipe, trained, tmp_path, changes, message):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from variant.differences import differences
 from variant.errors import UserError
 from variant.models.ranges import (
     Count,
@@ -16,7 +17,6 @@ from variant.models.ranges import (
 )
 from variant.training.memory_plan import fastest, training_rows
 from variant.training.recipe import load_recipe, recipe_names
-from variant.training.resume_rules import differences
 from variant.training.schedule import Phases
 
 BASE = """

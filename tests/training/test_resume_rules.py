@@ -17,10 +17,11 @@ from tiny_runs import (
     trained_vae,
 )
 
+from variant.differences import differences
 from variant.errors import UserError
 from variant.training.optim import learning_rate
 from variant.training.recipe import OutputSection, Recipe
-from variant.training.resume_rules import compare_recipes, compare_schedules, differences
+from variant.training.resume_rules import compare_recipes, compare_schedules
 from variant.training.schedule import ScheduleSection, subnet_probability
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var

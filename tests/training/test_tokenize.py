@@ -248,10 +248,12 @@ def test_tokens_of_replaced_images_of_their_sizes_are_not_mixed(tiny, tmp_path):
 def test_tokens_of_other_settings_are_not_mixed(tiny, tokens, tmp_path):
     recipe, out = tiny, copied(tokens, tmp_path / "t")
     for chosen, message in (
-        (dataclasses.replace(recipe, seed=1), "seed was 0, now it is 1"),
+        (dataclasses.replace(recipe, seed=1), "seed 0 -> 1; give"),
         (
-            dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, hflip=0.25)),
-            "augmentation was .*0.5.*now it is .*0.25",
+            dataclasses.replace(
+                recipe, seed=1, data=dataclasses.replace(recipe.data, hflip=0.25, mixup=0.5)
+            ),
+            "seed 0 -> 1, augmentation.hflip 0.5 -> 0.25, augmentation.mixup 0.2 -> 0.5; give the",
         ),
     ):
         with pytest.raises(UserError, match=f"holds tokens of other settings: {message}"):
@@ -278,9 +280,16 @@ def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
         with pytest.raises(UserError, match=message):
             train_var(chosen, tmp_path / "run", console=quiet(), device=CPU)
 
-    small = dataclasses.replace(tiny, vae=dataclasses.replace(tiny.vae, patch_nums=(1, 2, 3)))
-    refuse(from_tokens(small, tokens), r"vae.patch_nums must be \(1, 2, 4\), as in .*got \(1, 2, 3")
-    refuse(from_tokens(tiny, tokens, mixup=0.5), r"made with data.mixup = 0.2; the recipe has 0.5")
+    vae = dataclasses.replace(tiny.vae, patch_nums=(1, 2, 3), vocab_size=4)
+    refuse(
+        from_tokens(dataclasses.replace(tiny, vae=vae), tokens),
+        r"vae.patch_nums must be \(1, 2, 4\), as in .*; got \(1, 2, 3\); vae.vocab_size must be 8",
+    )
+    refuse(
+        from_tokens(tiny, tokens, mixup=0.5, hflip=0.25),
+        r"made with data.hflip = 0.5; the recipe has 0.25; with data.mixup = 0.2; the recipe has "
+        "0.5. Leave them out",
+    )
     other = with_vae(tiny, random_vae(tmp_path / "other.safetensors", 1))
     refuse(from_tokens(other, tokens), "made by another VQ-VAE")
     refuse(from_tokens(tiny, tmp_path), "holds no tokens: it has no manifest.json")
@@ -322,7 +331,9 @@ def test_a_vqvae_is_known_by_its_weights_before_the_decoder(tiny, tokens, tmp_pa
     chosen = from_tokens(with_vae(tiny, str(encoder)), own)
     with pytest.raises(UserError, match="its tokens were made by another VQ-VAE"):
         train_var(chosen, tmp_path / "other", console=quiet(), device=CPU)
-    with pytest.raises(UserError, match="vae_sha256 was"):
+    with pytest.raises(
+        UserError, match=r"settings: vae_sha256 '\w{59}\.\.\. -> '\w{59}\.\.\.; give"
+    ):
         write(with_vae(tiny, str(encoder)), own)
     # As an earlier version wrote it.
     changed(own / MANIFEST_NAME, vae_sha256=weights.sha256())

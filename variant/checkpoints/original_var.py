@@ -297,14 +297,14 @@ def _check_sizes(
     config: VARConfig | VQVAEConfig, told: Mapping[str, Any], names: Sequence[str], where: str
 ) -> None:
     """Raises: UserError, if config.json contradicts what the shapes tell."""
+    wrong = []
     for name in names:
         # Without convolutions nothing is shared, whatever the number.
         free = name == "share_quant_resi" and getattr(config, "quant_resi", 1) == 0
         if name in told and told[name] != getattr(config, name) and not free:
-            raise UserError(
-                f"{where}: {CONFIG_NAME} has {name} {told[name]!r}, but the weights have "
-                f"{getattr(config, name)!r}"
-            )
+            wrong.append(f"{name} {told[name]!r}, but the weights have {getattr(config, name)!r}")
+    if wrong:
+        raise UserError(f"{where}: {CONFIG_NAME} has {'; '.join(wrong)}")
 
 
 # --- whole models --------------------------------------------------------------------------------
@@ -318,6 +318,7 @@ def load_original(
     device: torch.device | str | None = None,
     *,
     weights: str | None = None,
+    strict: bool = True,
     op: str = "from_var_checkpoint",
     **given: Any,
 ) -> tuple[VAR, VQVAE]:
@@ -331,6 +332,8 @@ def load_original(
         device: of both models; None is the CPU.
         weights: "model", "ema" or the name of an entry: which of several state dicts in the
             transformer's file; in that of the VQ-VAE too, where it has such an entry.
+        strict: False lets keys be missing (these weights are initialised) and unexpected, with a
+            warning that names them; those that tell the sizes must be there.
         op: the caller's function, for messages about settings.
     Raises:
         TypeError, ValueError: a setting of a wrong type or out of range.
@@ -375,8 +378,8 @@ def load_original(
     except ValueError as error:
         raise UserError(f"{where}, {vae_where}: {error}") from None
     var_settings.warn(vae_settings, stacklevel=3)
-    var = build(VAR, var_config, var_file.state, where, device, dtype)
-    vae = build(VQVAE, vae_config, vae_file.state, vae_where, device)
+    var = build(VAR, var_config, var_file.state, where, device, dtype, strict=strict)
+    vae = build(VQVAE, vae_config, vae_file.state, vae_where, device, strict=strict)
     return var.eval(), vae.eval()
 
 

@@ -123,6 +123,9 @@ class Settings:
             if value is not None:
                 known[name].append(("the argument", CHECKS[name](self.op, value)))
         self._known = known
+        conflicts = [text for name in known if (text := _conflict(name, known[name]))]
+        if conflicts:
+            raise UserError(f"{self.where}: {'; '.join(conflicts)}")
 
     def value(self, name: str, default: Any, shown: Any = None, note: str = "") -> Any:
         """The value of a setting; ``default`` if no source has it, which :meth:`warn` then names.
@@ -139,14 +142,10 @@ class Settings:
             if default is not None:
                 self.assumed[name] = f"{name}={default}{note and f' ({note})'}"
             return default
-        (first, value), *others = sources
-        for place, other in others:
-            if not _same(value, other):
-                raise UserError(
-                    f"{self.where}: {first} {_has(first)} {name} {value}, but {place} "
-                    f"{_has(place)} {other}"
-                )
-        return value
+        conflict = _conflict(name, sources)
+        if conflict is not None:
+            raise UserError(f"{self.where}: {conflict}")
+        return sources[0][1]
 
     def warn(self, *others: Settings, stacklevel: int = 2) -> None:
         """One warning that lists every assumed value of these models; none if there are none.
@@ -168,6 +167,15 @@ class Settings:
             f"{remedy} if they are wrong",
             stacklevel=stacklevel + 1,
         )
+
+
+def _conflict(name: str, sources: Sequence[tuple[str, Any]]) -> str | None:
+    """The first two places that disagree on a setting; None if there are none."""
+    for place, other in sources[1:]:
+        first, value = sources[0]
+        if not _same(value, other):
+            return f"{first} {_has(first)} {name} {value}, but {place} {_has(place)} {other}"
+    return None
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -39,7 +39,7 @@ from variant.engine.grid import grid
 from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.evaluation.sampler import KERNELS, is_same
+from variant.evaluation.sampler import KERNELS, compare_settings
 from variant.folder_lock import locked_folder
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
@@ -296,13 +296,10 @@ class Work:
                 f"{command.out}: holds images of an earlier run; give --resume to continue it, "
                 "--overwrite to replace it, or another --out"
             )
-        for key, value in settings.items() if recorded is not None else ():
-            if recorded is not None and key != "software" and not is_same(recorded, key, value):
-                raise UserError(
-                    f"{command.out}: was generated with {key} {recorded.get(key)}; got {value}. "
-                    "Give the same settings, or another --out"
-                )
-        return recorded or {}
+        if recorded is None:
+            return {}
+        compare_settings(f"{command.out}: was generated", recorded, settings, ("software",))
+        return recorded
 
     def _check_disk(self, missing: int) -> None:
         """The least that the missing images can take must fit on the disk.

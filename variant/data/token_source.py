@@ -66,12 +66,13 @@ class TokenSource:
 
     def check(self, name: str, vae: VQVAEConfig) -> None:
         """Raises: UserError, if the tokens are not of a VQ-VAE with this recipe's sizes."""
-        for key in ("patch_nums", "vocab_size"):
-            own, theirs = getattr(vae, key), getattr(self.manifest, key)
-            if own != theirs:
-                raise UserError(
-                    f"{name}: vae.{key} must be {theirs}, as in {shown(self.folder)}; got {own}"
-                )
+        wrong = [
+            f"vae.{key} must be {theirs}, as in {shown(self.folder)}; got {own}"
+            for key in ("patch_nums", "vocab_size")
+            if (own := getattr(vae, key)) != (theirs := getattr(self.manifest, key))
+        ]
+        if wrong:
+            raise UserError(f"{name}: {'; '.join(wrong)}")
 
     def refuse_vae(self, sha256: str) -> None:
         """Raises: UserError: the tokens are of another VQ-VAE than that of this SHA-256."""
@@ -220,10 +221,15 @@ def _check_complete(folder: Path, manifest: Manifest) -> None:
 
 def _check_augmentation(folder: Path, manifest: Manifest, section: DataSection) -> None:
     """Values that the section gives must be those of the tokens; defaults are not compared."""
-    for name, unset in AUGMENTATION.items():
-        own, theirs = getattr(section, name), manifest.augmentation.get(name, unset)
-        if own not in (unset, theirs):
-            raise UserError(
-                f"{shown(folder)}: its tokens were made with data.{name} = {theirs}; the recipe "
-                f"has {own}. Leave it out, or run `variant tokenize` into another folder"
-            )
+    wrong = [
+        f"data.{name} = {theirs}; the recipe has {own}"
+        for name, unset in AUGMENTATION.items()
+        if (own := getattr(section, name))
+        not in (unset, theirs := manifest.augmentation.get(name, unset))
+    ]
+    if wrong:
+        raise UserError(
+            f"{shown(folder)}: its tokens were made with {'; with '.join(wrong)}. Leave "
+            f"{'it' if len(wrong) == 1 else 'them'} out, or run `variant tokenize` into another "
+            "folder"
+        )

@@ -96,14 +96,8 @@ class Launchers:
         return {"store_sum": False}, {"earlier": (y_RTC, gate_RC)}
 
     @property
-    def gathers_pages(self) -> bool:
-        """Whether attention gathers all visible K and V into new float32 tensors first."""
-        float16 = self.pages_dtype == torch.float16
-        return self.stores_scores or (float16 and self.names["paged_attention"] == "cpu")
-
-    @property
     def stores_scores(self) -> bool:
-        """Whether attention stores the score of every query and key."""
+        """Whether attention gathers all visible K and V, and stores every score, in float32."""
         return self.names["paged_attention"] == "reference"
 
     @property

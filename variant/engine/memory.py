@@ -116,7 +116,7 @@ def image_bytes(
         var, vae: sizes of the two models.
         plan: of the schedule that runs.
         dtype: of the matrix products.
-        launchers: give the dtype of K and V, and what attention gathers and stores.
+        launchers: give the dtype of K and V, and whether attention stores scores.
         guidance: an unconditional sequence runs beside each conditional one.
         packed: the decoder is packed and decodes one image at a time.
         extra_logit_bytes: :func:`variant.engine.drawing.extra_logit_bytes`.
@@ -133,9 +133,8 @@ def image_bytes(
         layer += 5 * tokens * var.embed_dim * launchers.attention_dtype.itemsize
     logits = tokens * var.vocab_size * (item + 8)
     logits += max(layout.tokens) * var.vocab_size * extra_logit_bytes
-    if launchers.gathers_pages:
-        layer += 4 * num_sequences * layout.total * 2 * var.embed_dim
     if launchers.stores_scores:  # twice, in float32
+        layer += 4 * num_sequences * layout.total * 2 * var.embed_dim
         layer += 8 * var.num_heads * tokens * layout.total
     return kv + max(layer, logits, 0 if packed else _decoded_image_bytes(vae))
 

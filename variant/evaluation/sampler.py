@@ -21,7 +21,7 @@ import shutil
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from variant.differences import change_texts, differences, listed
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
 from variant.engine.kv_dtype import KVDtype
@@ -329,17 +330,33 @@ def _check_same(path: Path, settings: Mapping[str, Any], what: Path | None = Non
     if not isinstance(recorded, dict) or recorded.get("format") != FORMAT:
         raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}"; give another --out')
     free = FREE_IN_FLOAT32 if settings.get("dtype") == "float32" else FREE
-    for key, value in json.loads(json.dumps(settings)).items():
-        if key not in free and not is_same(recorded, key, value):
-            raise UserError(
-                f"{shown(what or path.parent)}: was sampled with {key} {recorded.get(key)}; got "
-                f"{value}. Give the same settings, or another --out"
-            )
+    plain = json.loads(json.dumps(settings))
+    compare_settings(f"{shown(what or path.parent)}: was sampled", recorded, plain, free)
 
 
-def is_same(recorded: Mapping[str, Any], key: str, value: object) -> bool:
-    """Whether a record of a run has this value of a setting."""
-    return recorded.get(key) == value or (key == KERNELS and key not in recorded)
+def compare_settings(
+    made: str, recorded: Mapping[str, Any], settings: Mapping[str, Any], free: Collection[str]
+) -> None:
+    """Compare the settings of a run with those that are recorded.
+
+    Args:
+        made: begins the message: what was made with the recorded settings.
+        settings: plain values.  free: their names that may differ.
+    Raises:
+        UserError: naming every one that differs, with both values.
+    """
+    compared = {
+        key: value
+        for key, value in settings.items()
+        if key not in free and not (key == KERNELS and key not in recorded)
+    }
+    before = {key: recorded[key] for key in compared if key in recorded}
+    changes = change_texts(differences(before, compared))
+    if changes:
+        raise UserError(
+            f"{made} with other settings: {listed(changes)}; give the first value of each, or "
+            "another --out"
+        )
 
 
 def _check_record(files: SampleFiles, settings: Mapping[str, Any]) -> None:

@@ -443,16 +443,17 @@ def check_zone_options(kind: str, lora_rank: int, adaln: bool) -> None:
 
 def check_pair_of_configs(var: VARConfig, vae: VQVAEConfig) -> None:
     """Raises: ValueError unless a transformer and a VQ-VAE have one codebook and one layout."""
-    for what, ours, theirs in (
-        ("patch_nums", var.patch_nums, vae.patch_nums),
-        ("vocab_size", var.vocab_size, vae.vocab_size),
-        ("vae_channels / z_channels", var.vae_channels, vae.z_channels),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"the transformer and the VQ-VAE must agree on {what}; "
-                f"got {shown(ours)} and {shown(theirs)}"
-            )
+    wrong = [
+        f"on {what}; got {shown(ours)} and {shown(theirs)}"
+        for what, ours, theirs in (
+            ("patch_nums", var.patch_nums, vae.patch_nums),
+            ("vocab_size", var.vocab_size, vae.vocab_size),
+            ("vae_channels / z_channels", var.vae_channels, vae.z_channels),
+        )
+        if ours != theirs
+    ]
+    if wrong:
+        raise ValueError(f"the transformer and the VQ-VAE must agree {'; '.join(wrong)}")
 
 
 STRICT = ConfigDict(extra="forbid")

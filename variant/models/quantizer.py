@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from variant.models.autocast import autocast_of, no_autocast
 from variant.models.config import VQVAEConfig
+from variant.models.initialised import initialised
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -54,6 +55,7 @@ class ResidualConv(nn.Conv2d):
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__(channels, channels, kernel_size=3, padding=1)
+        initialised(self)
         self.ratio = ratio
 
     def forward(self, input: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from variant.models.autocast import autocast_of
 from variant.models.config import GROUPS, VQVAEConfig
+from variant.models.initialised import conv2d
 from variant.models.parts import explained, explains
 from variant.models.quantizer import MultiScaleQuantizer
 from variant_kernels.arguments import instance, integer
@@ -31,7 +32,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+    return conv2d(channels_in, channels_out, kernel_size=3, padding=1)
 
 
 def unit_range(images: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = _conv3(channels_out, channels_out)
         self.nin_shortcut: nn.Module = nn.Identity()
         if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1)
+            self.nin_shortcut = conv2d(channels_in, channels_out, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -64,8 +65,8 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
-        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+        self.qkv = conv2d(channels, 3 * channels, kernel_size=1)
+        self.proj_out = conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -81,7 +82,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+        self.conv = conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -211,8 +212,8 @@ class VQVAE(nn.Module):
         self.quantize = MultiScaleQuantizer(config)
         kernel = config.quant_conv_ks
         width = config.z_channels
-        self.quant_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
-        self.post_quant_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        self.quant_conv = conv2d(width, width, kernel, padding=kernel // 2)
+        self.post_quant_conv = conv2d(width, width, kernel, padding=kernel // 2)
 
     @explains("VQVAE.features", *DECODER)
     def features(self, images_BIYX: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from variant.files import atomic_write, read_safetensors, write_safetensors
 from variant.folder_lock import saving
 from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
+from variant.models.initialised import conv2d, initialised
 from variant.models.pixels import checked_images, to_uint8
 from variant.models.ranges import Count, CountOrZero, Share
 from variant.paths import open_regular, path_kind, read_json, shown
@@ -63,17 +64,17 @@ class Classifier(nn.Module):
         inputs = 3
         for width in widths:
             stages += [
-                nn.Conv2d(inputs, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
+                conv2d(inputs, width, 3, padding=1, bias=False),
+                initialised(nn.BatchNorm2d(width)),
                 nn.ReLU(),
-                nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width),
+                conv2d(width, width, 3, stride=2, padding=1, bias=False),
+                initialised(nn.BatchNorm2d(width)),
                 nn.ReLU(),
             ]
             inputs = width
         self.stages = nn.Sequential(*stages)
-        self.features = nn.Linear(inputs, FEATURES)
-        self.head = nn.Linear(FEATURES, num_classes)
+        self.features = initialised(nn.Linear(inputs, FEATURES))
+        self.head = initialised(nn.Linear(FEATURES, num_classes))
 
     def forward(self, images_B3YX: Tensor) -> Classified:
         """Features and logits of uint8 images."""

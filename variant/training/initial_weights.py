@@ -19,6 +19,7 @@ from variant.checkpoints.locate import FILE_ENDINGS, locate
 from variant.checkpoints.model_folder import load_model, load_state
 from variant.checkpoints.original_var import read_original
 from variant.checkpoints.sharded import INDEX_ENDING, find_weights, shards_beside
+from variant.differences import listed
 from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
@@ -115,7 +116,9 @@ class Weights:
 
     def _refuse(self, recipe: Recipe, wrong: list[str]) -> None:
         if wrong:
-            raise UserError(f"{recipe.name}: cannot start from {self.path}: {'; '.join(wrong[:5])}")
+            raise UserError(
+                f"{recipe.name}: cannot start from {self.path}: {listed(wrong, 5, '; ')}"
+            )
 
 
 def _wrong_zone_weights(found: VARConfig, own: VARConfig) -> list[str]:

@@ -7,9 +7,10 @@ the schedule of the new number, the completed ones stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from variant.differences import change_texts, differences, listed
 from variant.errors import UserError
 from variant.models.config import parse_dataclass
 from variant.training.recipe import Recipe
@@ -83,18 +84,18 @@ def compare_recipes(old: Recipe, new: Recipe, kind: str, where: str) -> list[str
         UserError: naming keys that must not differ, with both values.
     """
     refused, allowed = [], []
-    for key, before, after in differences(_comparable(old), _comparable(new)):
+    for change in differences(_comparable(old), _comparable(new)):
+        key = change[0]
         is_allowed = (
             _starts(key, FREE + ROUNDING + UNUSED[kind]) or key in EPOCHS[kind] + LATER[kind]
         )
-        (allowed if is_allowed else refused).append(f"{key} {before!r:.60} -> {after!r:.60}")
+        (allowed if is_allowed else refused).append(change)
     if refused:
-        more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise UserError(
-            f"{where}: was written with other settings: {', '.join(refused[:SHOWN])}{more}; resume "
-            "with the first value of each, or train into another folder"
+            f"{where}: was written with other settings: {listed(change_texts(refused), SHOWN)}; "
+            "resume with the first value of each, or train into another folder"
         )
-    return allowed
+    return change_texts(allowed)
 
 
 def compare_schedules(
@@ -121,16 +122,6 @@ def compare_schedules(
             f"{now.joint}, {now.transition} and {after:g}, which change their schedule. Only "
             "refinement may change now"
         )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[Any]:
-    """(dotted key, old value, new value) of every value that differs between two dictionaries."""
-    for key in {**old, **new}:
-        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from differences(before, after, f"{name}.")
-        elif before != after:
-            yield name, before, after
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -220,20 +220,25 @@ class RunSetup:
         """Optimiser steps of one epoch; the images of an incomplete last batch are left out."""
         return self.optim.steps_per_epoch or self.data.num_train // self.optim.batch_size
 
-    def record_input(self, name: str, value: Any, detail: str = "") -> None:
-        """Record one of :data:`INPUTS`.
+    def record_inputs(self, values: Mapping[str, Any], detail: str = "") -> None:
+        """Record some of :data:`INPUTS`.
 
         Args:
             detail: follows the message.
         Raises:
-            UserError: the checkpoint of a resumed run records another value.
+            UserError: the checkpoint of a resumed run records other values.
         """
-        self.inputs[name] = value
-        if self.saved is not None and self.saved["inputs"].get(name) != value:
+        self.inputs |= values
+        before = values if self.saved is None else self.saved["inputs"]
+        changed = [name for name, value in values.items() if before.get(name) != value]
+        if changed:
+            texts = [
+                f"{INPUTS[name]} (it was {before.get(name)!s:.100}, now it is {values[name]})"
+                for name in changed
+            ]
             raise UserError(
-                f"{self.checkpointer.path}: was trained with {INPUTS[name]}; resume with "
-                f"the same (it was {self.saved['inputs'].get(name)!s:.100}, now it is {value})"
-                f"{detail}"
+                f"{self.checkpointer.path}: was trained with {'; '.join(texts)}; resume with the "
+                f"same{detail}"
             )
 
     def _record_data(self) -> None:
@@ -242,8 +247,7 @@ class RunSetup:
         if self.saved is not None:
             changed = differing_classes(self.saved["inputs"].get("classes"), digests)
             detail = f". Changed: {', '.join(changed[:5])}" if changed else ""
-        for name, value in data_inputs(self.data).items():
-            self.record_input(name, value, detail)
+        self.record_inputs(data_inputs(self.data), detail)
         self._record_files()
         self.inputs["classes"] = digests
         names = enumerate(self.data.classes)

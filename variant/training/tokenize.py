@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from variant.data.shards import (
     write_shard,
 )
 from variant.data.sources import classes_problem, open_source
+from variant.differences import change_texts, differences, listed
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write
@@ -238,13 +240,12 @@ def _check_folder(
     found = read_manifest(out)
     if is_of_vae(found.vae_sha256):
         wanted = dataclasses.replace(wanted, vae_sha256=found.vae_sha256)
-    for field in dataclasses.fields(Manifest):
-        before, now = getattr(found, field.name), getattr(wanted, field.name)
-        if field.name not in ("passes", "recipe", "shards", "stamps") and before != now:
-            raise UserError(
-                f"{shown(out)}: holds tokens of other settings: {field.name} was {before!s:.100}, "
-                f"now it is {now!s:.100}; choose another folder"
-            )
+    changes = change_texts(differences(_compared(found), _compared(wanted)))
+    if changes:
+        raise UserError(
+            f"{shown(out)}: holds tokens of other settings: {listed(changes)}; give the first "
+            "value of each, or choose another folder"
+        )
     if found.passes > wanted.passes:
         raise UserError(
             f"{shown(out)}: holds {counted(found.passes, 'pass')}; --passes must be at least as "
@@ -260,6 +261,13 @@ def _check_folder(
         warns=rank == 0,
     )
     return wanted
+
+
+def _compared(manifest: Manifest) -> dict[str, Any]:
+    """What must be equal in all processes of a run and in its continuations."""
+    free = ("passes", "recipe", "shards", "stamps")
+    names = (field.name for field in dataclasses.fields(manifest))
+    return {name: getattr(manifest, name) for name in names if name not in free}
 
 
 def _finish(out: Path, wanted: Manifest, rank: int, bad: BadItems) -> int:

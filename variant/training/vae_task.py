@@ -238,7 +238,7 @@ def _train(setup: RunSetup, optim: OptimSection, console: Console | None) -> Sum
     start = None
     if training.start_weights is not None and not setup.keeps_start:
         start = _start(recipe.name, training.start_weights)
-        setup.record_input("start_sha256", start.sha256())
+        setup.record_inputs({"start_sha256": start.sha256()})
     seed_everything(recipe.seed)
     module = VQVAE(recipe.vae)
     if start is not None and setup.saved is None:
@@ -289,7 +289,7 @@ def _perceptual(setup: RunSetup, console: Console | None) -> PerceptualLoss | No
             loss = _classifier(setup, console)
     recorded = None if setup.saved is None else setup.saved["inputs"].get("perceptual_sha256")
     # Earlier versions recorded "" for every function.
-    setup.record_input("perceptual_sha256", "" if recorded == "" else loss.sha256)
+    setup.record_inputs({"perceptual_sha256": "" if recorded == "" else loss.sha256})
     return loss
 
 

@@ -364,12 +364,12 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     recorded = None if setup.saved is None else setup.saved["inputs"].get("vae_sha256")
     # An earlier version has recorded the file, which the run then goes on to record.
     kept = recorded is not None and is_tokenizer(recorded, vae, weights)
-    setup.record_input("vae_sha256", recorded if kept else vae_sha256)
+    setup.record_inputs({"vae_sha256": recorded if kept else vae_sha256})
     # A frozen teacher has the weights that the run started from, also in a resumed run.
     reads_start = not setup.keeps_start or recipe.schedule.teacher == "frozen"
     start = find_start(recipe) if reads_start else None
     if reads_start:
-        setup.record_input("start_sha256", start and start.sha256())
+        setup.record_inputs({"start_sha256": start and start.sha256()})
     vae = vae.to(setup.device).eval().requires_grad_(False)
     seed_everything(recipe.seed)
     module = VAR(dataclasses.replace(recipe.var_config, class_names=tuple(data.classes)))

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.append_paged_kv import launch_append_paged_kv
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.cpu_ops.qk_norm import launch_qk_norm_forward
+from variant_kernels.cpu_ops.common import DTYPE_CODES, KERNELS, PAGE_DTYPE_CODES, dtype_code
 from variant_kernels.tensors import address_and_strides
 
 
@@ -33,10 +31,8 @@ def launch_qk_norm_append_paged_kv(
     Raises:
         TypeError: the dtype is neither float32 nor bfloat16, nor float16 without scales.
     """
-    if qkv_BT3HD.dtype == torch.float16 and k_scales_PNH is None:
-        pages = k_pages_PNHD, v_pages_PNHD
-        return _float16_norm_append(qkv_BT3HD, scale_mul_1H11, *pages, slots_BT)
-    code = dtype_code("qk_norm_append_paged_kv", "qkv_BT3HD", qkv_BT3HD)
+    codes = PAGE_DTYPE_CODES if k_scales_PNH is None else DTYPE_CODES
+    code = dtype_code("qk_norm_append_paged_kv", "qkv_BT3HD", qkv_BT3HD, codes)
     slots_BT = slots_BT.contiguous()
     # Addresses by arithmetic: unbind would create three views, which costs more.
     batch, tokens, _, heads, head_dim = qkv_BT3HD.shape
@@ -66,28 +62,4 @@ def launch_qk_norm_append_paged_kv(
     else:
         scales = address_and_strides(k_scales_PNH), address_and_strides(v_scales_PNH)
         KERNELS.qk_norm_append_paged_kv8(*tokens_and_pages, *scales, *rest)
-    return q_BTHD
-
-
-def _float16_norm_append(
-    qkv_BT3HD: torch.Tensor,
-    scale_mul_1H11: torch.Tensor | None,
-    k_pages_PNHD: torch.Tensor,
-    v_pages_PNHD: torch.Tensor,
-    slots_BT: torch.Tensor,
-) -> torch.Tensor:
-    """The float32 norm of float32 copies, rounded once; then a copy, which has no arithmetic."""
-    q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
-    if scale_mul_1H11 is not None:
-        wide_q_BTHD, wide_k_BTHD = launch_qk_norm_forward(
-            q_BTHD=q_BTHD.float(), k_BTHD=k_BTHD.float(), scale_mul_1H11=scale_mul_1H11
-        )
-        q_BTHD, k_BTHD = wide_q_BTHD.half(), wide_k_BTHD.half()
-    launch_append_paged_kv(
-        k_BTHD=k_BTHD,
-        v_BTHD=v_BTHD,
-        k_pages_PNHD=k_pages_PNHD,
-        v_pages_PNHD=v_pages_PNHD,
-        slots_BT=slots_BT,
-    )
     return q_BTHD

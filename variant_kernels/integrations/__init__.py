@@ -53,6 +53,9 @@ def patch(
             twice, parameters distributed or on meta. The message names the module and the
             requirement that is not met; the model is unchanged.
         TypeError: an argument of another type.  ValueError: depth or bridge out of range.
+
+    Threads may call it, ``unpatch`` and ``accelerate`` at the same time; no other thread may run
+    the model meanwhile.
     """
     return apply_patch(FAMILIES, model, depth, bridge, keep_copies)
 

@@ -9,6 +9,7 @@ tools changed before a patch, classes.py what they put on top of it.
 from __future__ import annotations
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,10 +34,34 @@ from variant_kernels.plans.depth_schedule import DepthSchedule
 # The one entry that a patch adds to an object's __dict__.
 STATE = "_variant_patch"
 _ABSENT = object()
+# One thread at a time patches, unpatches or compares: short runs use the caches of the layers, and
+# what they restore afterwards would undo the class swaps of another thread. Models may share
+# layers, so there is one lock for all.
+_CHANGES = threading.RLock()
+# Seconds. Short runs call hooks, which may wait for a thread that waits here: nobody waits forever.
+PATIENCE = 60.0
 
 
 class PatchError(ValueError):
     """The model cannot be patched or unpatched; the message names the requirement that it fails."""
+
+
+@contextmanager
+def one_thread(op: str, error: type[Exception] = PatchError) -> Iterator[None]:
+    """Wait until no other thread patches, unpatches or compares a model, and keep others waiting.
+
+    Raises:
+        PatchError, or the other ``error``: that takes longer than a minute.
+    """
+    if not _CHANGES.acquire(timeout=PATIENCE):
+        raise error(
+            f"{op}: another thread has been patching, unpatching or comparing a model for "
+            f"{PATIENCE:g} s; let it end first (a hook of its model may be waiting for this thread)"
+        )
+    try:
+        yield
+    finally:
+        _CHANGES.release()
 
 
 @dataclass(frozen=True)
@@ -242,17 +267,23 @@ class Handle:
                 message names it. Or the model is generating: the rest would run without the K and V
                 of the scales so far. Nothing has been changed.
         """
-        if self._objects and self._runtime.is_generating(self.model):
-            raise PatchError(
-                "unpatch: the model is generating; unpatch it after that. Nothing has been changed"
-            )
-        obstacles = [text for target in self._objects if (text := _obstacle(target)) is not None]
-        if obstacles:
-            more = f" ({len(obstacles)} such changes)" if len(obstacles) > 1 else ""
-            raise PatchError(f"unpatch: {obstacles[0]}{more}; nothing has been changed")
-        for target in reversed(self._objects):
-            _restore(target)
-        self._objects = []
+        with one_thread("unpatch"):
+            if not self._objects:
+                return
+            if not self._runtime.close(self.model):
+                raise PatchError(
+                    "unpatch: the model is generating; unpatch it after that. Nothing has been "
+                    "changed"
+                )
+            found = (_obstacle(target) for target in self._objects)
+            obstacles = [text for text in found if text is not None]
+            if obstacles:
+                self._runtime.closed = False
+                more = f" ({len(obstacles)} such changes)" if len(obstacles) > 1 else ""
+                raise PatchError(f"unpatch: {obstacles[0]}{more}; nothing has been changed")
+            for target in reversed(self._objects):
+                _restore(target)
+            self._objects = []
 
     def _check(self) -> None:
         if not self.patched:
@@ -340,17 +371,18 @@ def apply_patch(
         raise TypeError(f"patch: model must be a torch.nn.Module; got {type(model).__name__}")
     keep_copies = boolean("patch", "keep_copies", keep_copies)
     try:
-        family = _family_of(families, model)
-        with _naming_the_failure(family, "its structure cannot be read"):
-            family.verify(model)
-            runtime = family.runtime(model)
-        runtime.set_depth(depth, bridge, "patch")  # raises before anything is changed
-        runtime.set_depth(None, None)
-        handle = _patched(family, model, runtime)
+        with one_thread("patch"):
+            family = _family_of(families, model)
+            with _naming_the_failure(family, "its structure cannot be read"):
+                family.verify(model)
+                runtime = family.runtime(model)
+            runtime.set_depth(depth, bridge, "patch")  # raises before anything is changed
+            runtime.set_depth(None, None)
+            handle = _patched(family, model, runtime)
+            runtime.last, runtime.keep_copies = None, keep_copies
+            runtime.set_depth(depth, bridge)
     except PatchError as error:
         raise PatchError(f"{error}; nothing has been changed") from error.__cause__
-    runtime.last, runtime.keep_copies = None, keep_copies
-    runtime.set_depth(depth, bridge)
     return handle
 
 
@@ -368,7 +400,10 @@ def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily
     for module in model.modules():
         where = names[id(module)] or "the model"
         if isinstance(module, Patched):
-            raise PatchError(f"patch: {where} is patched already; call unpatch() on its handle")
+            raise PatchError(
+                f"patch: {where} is patched already, perhaps by another thread; use the handle of "
+                "that patch, or call its unpatch() first"
+            )
         if vars(module).get("caching") is True:
             raise PatchError(
                 f"patch: {where} holds the keys and values of a generation, which is running or "

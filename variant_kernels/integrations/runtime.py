@@ -73,6 +73,7 @@ class Runtime:
         self.bridge: int | None = None
         self.last: Stats | None = None
         self.generating = False
+        self.closed = False  # for generations, by unpatch
         self.keep_copies = False
         self._copies: dict[int, _CastWeight] = {}
         self._started = 0.0
@@ -122,7 +123,11 @@ class Runtime:
     # --- a generation ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start a generation; drop the state of an unfinished one."""
+        """Start a generation; drop the state of an unfinished one.
+
+        Raises:
+            RuntimeError: the model is being unpatched.
+        """
         self._drop_copies()
         own = threading.get_ident()
         if self.generating and self._thread != own:
@@ -134,6 +139,19 @@ class Runtime:
         while frame.f_back is not None and _is_ours(frame):
             frame = frame.f_back
         self._code = frame.f_code
+        # Last: either this thread sees that the runtime is closed, or the closing one sees that
+        # the model is generating.
+        if self.closed:
+            self.generating = False
+            raise RuntimeError(
+                "patch: another thread is unpatching the model; generate again, after that"
+            )
+
+    def close(self, model: nn.Module) -> bool:
+        """Refuse generations from now on; if one is running, change nothing and return False."""
+        self.closed = True
+        self.closed = not self.is_generating(model)
+        return self.closed
 
     def is_generating(self, model: nn.Module) -> bool:
         """Whether the model's function that began the last generation is still running.

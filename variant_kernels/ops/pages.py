@@ -25,7 +25,7 @@ WRITTEN = ("k_pages_PNHD", "v_pages_PNHD", "k_scales_PNH", "v_scales_PNH")
 
 
 def cpu_unsupported(request: Request) -> str | None:
-    """Why the C++ backend cannot serve one of these ops: it takes float16, by way of float32.
+    """Why the C++ backend cannot serve one of these ops: it takes float16 too.
 
     Not beside 8-bit pages: an engine gives these its products' dtype, which is not float16.
     """
