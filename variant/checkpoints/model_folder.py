@@ -138,7 +138,8 @@ def _as_json(op: str, config: Mapping[str, Any]) -> str:
         ) from None
     if len(text) > MAX_TEXT_BYTES:
         raise ValueError(
-            f"{op}: {CONFIG_NAME} may have {MAX_TEXT_BYTES:,} bytes; with extra it has {len(text):,}"
+            f"{op}: {CONFIG_NAME} may have {MAX_TEXT_BYTES:,} bytes; "
+            f"with extra it has {len(text):,}"
         )
     return text
 
