@@ -238,6 +238,8 @@ def _compare_var(var: Any, our_var: VAR) -> None:
         UserError: they compute something else; the engine would not run what makes the difference.
     """
     _check_methods("var", var)
+    with _as_user_error("var"):
+        FAMILY.verify(var)  # also what the small inputs do not show
     with _in_eval_mode(var):
         _compare_part("var", var, lambda: _blocks(var), lambda: _our_blocks(var, our_var))
         _compare_part("var", var, lambda: _ends(var, our_var), lambda: _ends(our_var, our_var))

@@ -162,20 +162,25 @@ def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
 
 def save_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, durable: bool = False
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    durable: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Tensors, contiguous and on the CPU, with their checksums, by :func:`atomic_write`.
 
     The same tensors give the same bytes.
 
     Args:
+        metadata: further texts in the header.
         durable: as in :func:`atomic_write`.
     Raises:
         UserError: the file cannot be written.
     """
-    metadata = {"format": "pt", **checksums_of(tensors)}
+    texts = {"format": "pt", **(metadata or {}), **checksums_of(tensors)}
     with atomic_write(Path(path), durable=durable) as temporary:
-        write_safetensors(temporary, tensors, metadata)
+        write_safetensors(temporary, tensors, texts)
         _sort_metadata(temporary)
 
 

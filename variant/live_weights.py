@@ -3,7 +3,7 @@
 Each of our modules uses the very dictionaries in which the original's module keeps its parameters
 and buffers. So whatever torch puts there (``load_state_dict(assign=True)``, ``.half()``, ``.to()``,
 a new ``.data``) is what the VARiant reads; what it cannot follow is refused at the next call. Where
-hooks, a method or a part changed, both models are compared again.
+hooks, a method, a setting or a part changed, both models are compared again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
-from variant_kernels.integrations.alterations import is_dtensor, methods_of, readable
+from variant_kernels.integrations.alterations import (
+    is_dtensor,
+    methods_of,
+    readable,
+    settings_of,
+)
 from variant_kernels.integrations.base import one_thread
 from variant_kernels.untraced import untraced
 
@@ -116,7 +121,7 @@ class LiveWeights:
 
 
 def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """What determines, beside tensors and settings, what each of these modules computes."""
+    """What determines, beside tensors, what each of these modules computes."""
     of_classes = {
         kind: {name: getattr(kind, name, None) for name in methods_of(kind)}
         for kind in {type(module) for module in modules}
@@ -125,6 +130,7 @@ def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
         (
             of_classes[type(module)],
             {n: module.__dict__[n] for n in module.__dict__.keys() & methods_of(type(module))},
+            settings_of(module),
             *module._forward_pre_hooks.values(),
             *module._forward_hooks.values(),
             *module._modules.values(),

@@ -45,6 +45,7 @@ MAX_TENSORS, MAX_AXES = 2**15, 64
 CHUNK_BYTES = 2**19  # of reads and of sum64: another value makes other sums
 # Key of the metadata of a .safetensors file; as JSON, for each tensor its sum64 in hexadecimal.
 CHECKSUMS = "sum64"
+ZIP = b"PK\x03\x04"  # begins the archive of torch.save
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: the class that it does not load
 _ALLOWING = threading.Lock()
@@ -279,7 +280,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 # --- .safetensors -------------------------------------------------------------------------------
 
 
-def stored_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+class StoredTensors(dict[str, StoredTensor]):
+    """The tensors of a ``.safetensors`` file by name; metadata: what its header says of them."""
+
+    metadata: Mapping[str, Any] = {}
+
+
+def stored_safetensors(path: str | os.PathLike[str]) -> StoredTensors:
     """The tensors of a ``.safetensors`` file, without their values.
 
     Raises:
@@ -296,6 +303,8 @@ def stored_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     head = source.read_bytes(Region("the header", 0, 8))
     (length,) = struct.unpack("<Q", bytes(head.numpy()))
     start = 8 + length
+    if head.numpy().tobytes().startswith(ZIP):
+        raise UserError(f"{source.where}: is a file of torch.save; rename it to end in .pth")
     if start > source.size or length > MAX_HEADER_BYTES:
         raise damaged(
             f"a header of {counted(length, 'byte')} in a file of {counted(source.size, 'byte')}"
@@ -317,12 +326,10 @@ def stored_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         raise damaged("its header is nested too deeply") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged(" ".join(str(error).split())[:200]) from None
-    return {
-        entry.name: StoredTensor.of(
-            torch.empty(entry.shape, dtype=entry.dtype, device="meta"), source, regions[entry.name]
-        )
-        for entry in entries
-    }
+    meta = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
+    stored = StoredTensors({n: StoredTensor.of(x, source, regions[n]) for n, x in meta.items()})
+    stored.metadata = metadata
+    return stored
 
 
 @dataclass(frozen=True)
@@ -412,7 +419,10 @@ def stored_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
         warnings.simplefilter("ignore")  # torch warns of pickle protocols and of TorchScript
         source = Source(path, file)
         try:
-            zipped = file.read(4) == b"PK\x03\x04"
+            start = file.read(9)
+            zipped = start.startswith(ZIP)
+            if start[6:] == b"\0\0{":  # the length of a header in 8 bytes, and the header
+                raise UserError(f"{source.where}: is a .safetensors file; rename it to end so")
             file.seek(0)
             records = _records(file, source) if zipped else {}
             state = _unpickled(file, "meta" if zipped else "cpu")
@@ -557,6 +567,11 @@ def _stored(tensor: Tensor, source: Source, records: Mapping[int, Region]) -> St
     region = None if offset is None else records.get(offset)
     if not storage.nbytes():
         region = Region("an empty tensor", 0, 0)
+    if offset is None and storage.nbytes():
+        raise UserError(
+            f"{source.where}: has no values of a tensor of shape {tuple(tensor.shape)}, which was "
+            "saved from the meta device. Load the weights before they are saved"
+        )
     if region is None or region.size != storage.nbytes():
         raise UserError(
             f"{source.where}: is damaged: no record of the archive has the "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as F
@@ -26,12 +27,22 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a kernel may take tensors by their addresses: plain ones on the CPU, not empty.
 
     Not in a graph, which has torch's own operators, nor where a dispatch mode watches them, such as
-    torch's counter of FLOP.
+    torch's counter of FLOP. Those of ``vmap`` and of batched gradients have no address.
     """
     return (
         not is_compiling()
         and _len_torch_dispatch_stack() == 0
-        and all(x is None or (type(x) in _PLAIN and x.is_cpu and x.numel() > 0) for x in tensors)
+        and all(
+            x is None
+            or (
+                type(x) in _PLAIN
+                and x.is_cpu
+                and x.numel() > 0
+                and not is_functorch_wrapped_tensor(x)
+                and not is_legacy_batchedtensor(x)
+            )
+            for x in tensors
+        )
     )
 
 
@@ -50,6 +61,7 @@ def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tenso
     """:func:`linear` where no gradient is wanted: in the forward or backward pass of an op."""
     if not _is_for_onednn(x, weight_OI, bias_O):
         return F.linear(x, weight_OI, bias_O)
+    bias_O = None if bias_O is None else bias_O.contiguous()  # its stride is not looked at
     return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
 
 
@@ -66,7 +78,7 @@ class _Linear(Function):
         x, weight_OI = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_RO = grad.flatten(0, -2)
+        grad_RO = grad.reshape(-1, grad.shape[-1])  # flatten has no rule for is_grads_batched
         return (
             linear(grad, weight_OI.t()) if wants_x else None,
             grad_RO.t() @ x.flatten(0, -2) if wants_weight else None,

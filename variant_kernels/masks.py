@@ -12,8 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _DisableFuncTorch,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._guards import detect_fake_mode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from variant_kernels.plans.scale_layout import ScaleLayout
 from variant_kernels.untraced import untraced
@@ -86,7 +93,8 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
     Args:
         bias: the argument of attention. A bias that requires a gradient is learned, not a mask.
     Returns:
-        A layout of scales (1, tokens), or None; None too for a mask without values.
+        A layout of scales (1, tokens), or None; None too for a mask without values, or
+        from which derivatives are wanted.
     """
     if bias.requires_grad:
         return None
@@ -94,18 +102,34 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
 
 
 def _has_values(bias: Tensor) -> bool:
-    """Whether the content can be read: not on meta, nor of fake tensors, as in torch.export."""
-    if bias.is_meta:
+    """Whether the content can be read: not on meta, of fake tensors, as in torch.export, nor what
+    torch.func's transforms take or make."""
+    if bias.is_meta or is_functorch_wrapped_tensor(bias) or is_legacy_batchedtensor(bias):
         return False
-    is_plain = type(bias) in (Tensor, torch.nn.Parameter) and _len_torch_dispatch_stack() == 0
-    return is_plain or detect_fake_mode([bias]) is None
+    if type(bias) in (Tensor, torch.nn.Parameter) and _len_torch_dispatch_stack() == 0:
+        return True
+    # What make_fx traces is a graph for any mask.
+    modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
+    return "ProxyTorchDispatchMode" not in modes and detect_fake_mode([bias]) is None
+
+
+def _has_tangent(bias: Tensor) -> bool:
+    """Whether a forward-mode derivative by the mask is wanted."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(bias).tangent is not None
 
 
 # The result depends on values.
 @untraced
 def _cached_layout(bias: Tensor) -> ScaleLayout | None:
-    if not _has_values(bias):
+    if not _has_values(bias) or _has_tangent(bias):
         return None  # torch's attention is right for any content
+    if _are_functorch_transforms_active():
+        with _DisableFuncTorch():  # else what is computed here has no memory
+            return _looked_up(bias)
+    return _looked_up(bias)
+
+
+def _looked_up(bias: Tensor) -> ScaleLayout | None:
     owner = bias if bias._base is None else bias._base
     key = bias.data_ptr(), bias.shape, bias.stride(), bias.dtype, bias.device
     version = None if bias.is_inference() else bias._version

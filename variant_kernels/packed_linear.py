@@ -34,4 +34,5 @@ def packed_linear(
         (..., O), a new tensor.
     """
     name, variant = ("gelu", "tanh") if gelu else ("none", "")
+    bias_O = None if bias_O is None else bias_O.contiguous()  # its stride is not looked at
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, name, [], variant)

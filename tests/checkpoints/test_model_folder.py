@@ -367,6 +367,63 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "where"),
+    [
+        ("var.blocks.1", "norm_eps", 0.5, r"var\.blocks\[1\]"),
+        ("var.blocks.0.attn", "softmax_scale", 0.5, r"var\.blocks\[0\]\.attn"),
+        ("vae.quantize.quant_resi.qresi_ls.0", "ratio", 0.1, r"vae\.quantize\..*\[0\]"),
+        ("vae.decoder.conv_in", "padding_mode", "circular", r"vae\.decoder\.conv_in"),
+    ],
+)
+def test_a_setting_that_a_file_does_not_have_is_refused_by_name(part, name, value, where, tmp_path):
+    model = small_model()
+    own = getattr(model.get_submodule(part), name)
+    setattr(model.get_submodule(part), name, value)
+    with pytest.raises(ValueError, match=rf"^save_pretrained: {where}\.{name} must be {own!r}, as"):
+        model.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=rf"^save_original: {where}\.{name} must be"):
+        save_original(model.var, model.vae, tmp_path / "a.pth", tmp_path / "b.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_are_others_than_when_the_weights_were_saved_are_named(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    path, text = tmp_path / "config.json", (tmp_path / "config.json").read_text()
+    VARiant.from_pretrained(tmp_path)  # without a warning
+    for old, new, message in (
+        ('"quant_resi": 0.5', '"quant_resi": 0.7', r"vae\.quant_resi is 0\.7, and was 0\.5 when"),
+        ('"norm_eps": 1e-06', '"norm_eps": 1e-02', r"var\.norm_eps is 0\.01, and was 1e-06 when"),
+        ('"bridge": 1', '"bridge": 3', r"var\.bridge is 3, and was 1 when"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.warns(UserWarning, match=message) as caught:
+            VARiant.from_pretrained(tmp_path)
+        assert len(caught) == 1
+    path.write_text(text.replace('"format"', '"remark": "of mine", "format"'))
+    assert VARiant.from_pretrained(tmp_path).extra == {"remark": "of mine"}
+
+
+def test_files_under_the_ending_of_another_format_are_told_so(tmp_path):
+    model = small_model()
+    save_original(model.var, model.vae, tmp_path / "var.pth", tmp_path / "vae.safetensors")
+    for name, other, message in (
+        ("var.pth", "wrong.safetensors", "is a file of torch.save; rename it to end in .pth"),
+        ("vae.safetensors", "wrong.pth", "is a .safetensors file; rename it to end so"),
+    ):
+        (tmp_path / name).rename(tmp_path / other)
+        with pytest.raises(UserError, match=f"{other}: {message}$"):
+            load_original(tmp_path / other, tmp_path / other)
+
+
+def test_a_tensor_that_was_saved_without_values_is_told_so(tmp_path):
+    state = {**small_model().var.state_dict(), "head.bias": torch.empty(24, device="meta")}
+    torch.save(state, tmp_path / "var.pth")
+    with pytest.raises(UserError, match=r"has no values of a tensor of shape \(24,\), .* meta dev"):
+        load_original(tmp_path / "var.pth", tmp_path / "var.pth")
+
+
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError):
         small_model().save_pretrained(tmp_path / "model", {"x": torch.zeros(1)})

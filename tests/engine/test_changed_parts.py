@@ -1,6 +1,7 @@
 """Parts of a model that a user changed before or after an engine's first use."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from variant.engine import cast_models, packed_layers
 from variant.engine.engine import Engine
-from variant.models.var import Block
+from variant.models.var import Block, SelfAttention
 from variant_kernels.packed_linear import can_pack
 from variant_kernels.products import product_dtype
 
@@ -286,6 +287,111 @@ def test_convolutions_with_other_settings_run_in_the_packed_decoder():
         packed = packed_layers.PackedDecoder(model.vae, torch.float32)
         features = torch.randn(2, 8, 3, 3)
         assert torch.allclose(packed(features), model.vae.decode_features(features), atol=1e-5)
+
+
+def pad_in_circles(model):
+    """As for pictures that continue at the opposite side."""
+    for conv in model.vae.decoder.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.padding_mode = "circular"
+
+
+def set_all(kind, name, value):
+    def change(model):
+        for part in (*model.var.modules(), *model.vae.decoder.modules()):
+            if isinstance(part, kind):
+                setattr(part, name, value)
+
+    return change
+
+
+SETTINGS = [
+    pad_in_circles,
+    set_all(nn.GroupNorm, "eps", 0.1),
+    set_all(nn.GroupNorm, "num_groups", 16),
+    set_all(SelfAttention, "softmax_scale", 0.1),
+    set_all(SelfAttention, "attn_l2_norm", False),
+]
+
+
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+@pytest.mark.parametrize("change", SETTINGS)
+def test_settings_of_parts_that_change_are_seen(change, options):
+    model = gated_model()
+    engine = Engine(model.var, model.vae, **options)
+
+    def results():
+        return engine.forced_logits(torch.tensor([1]), TOKENS), engine.decode(TOKENS)
+
+    def expected():
+        logits = model.var(torch.tensor([1]), model.vae.teacher_input(TOKENS))
+        return logits.detach(), model.vae.decode(TOKENS)
+
+    before = results(), expected()
+    change(model)
+    for found, own, old, old_own in zip(results(), expected(), *before, strict=True):
+        effect = float((own - old_own).abs().max())
+        bound = max(0.2 * effect, 2 * float((old - old_own).abs().max()))
+        assert float((found - own).abs().max()) <= bound
+    images = model.generate(LABELS, seed=0, **options).images  # of a new engine
+    assert torch.equal(engine.generate(LABELS, seed=0).images, images)
+
+
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+def test_parameters_of_any_stride_give_the_same(options):
+    model = gated_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    label, words = torch.tensor([1]), model.vae.teacher_input(TOKENS)
+
+    def results():
+        engine = Engine(model.var, model.vae, **options)
+        own = model.var(label, words).detach(), model.vae.decode(TOKENS)
+        return engine.forced_logits(label, TOKENS), engine.decode(TOKENS), *own
+
+    expected = results()
+    for part in model.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:  # between numbers that would be noticed
+                apart = torch.stack((parameter.detach(), torch.full_like(parameter, 1e30)), -1)
+                part._parameters[name] = nn.Parameter(apart[..., 0])
+    for found, own in zip(results(), expected, strict=True):
+        assert (found - own).abs().max() <= 1e-4 * own.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+@pytest.mark.parametrize("part", ["var.head", "vae.decoder.conv_in"])
+def test_a_tensor_in_the_place_of_a_parameter_that_changes_is_seen(part, options):
+    model = small_model()
+    engine, owner = Engine(model.var, model.vae, **options), model.get_submodule(part)
+    own = owner.weight.detach()
+    engine.generate(LABELS, seed=0)
+    del owner.weight
+    for change in ("put", "changed in place", "another"):
+        if change == "changed in place":
+            owner.weight.mul_(1.5)
+        else:
+            owner.weight = own.clone() if change == "put" else own * 2
+        found = engine.generate(LABELS, seed=0)
+        expected = Engine(model.var, model.vae, **options).generate(LABELS, seed=0)
+        assert torch.equal(found.images, expected.images), change
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("path", ["blocks.1", "head_nm", "config"])
+def test_a_setting_that_is_the_configs_is_refused_by_name(path, is_used):
+    model = small_model()
+    if is_used:
+        images(model)
+    if path == "config":
+        model.var.config = dataclasses.replace(model.var.config, norm_eps=0.5)
+        message = r"var\.blocks\[0\]\.norm_eps must be 0\.5, that of var\.config, .*; got 1e-06"
+    else:
+        model.var.get_submodule(path).norm_eps = 0.5
+        message = rf"{readable(path)}\.norm_eps must be 1e-06, that of var\.config, .*; got 0\.5"
+    with pytest.raises(ValueError, match=message):
+        images(model)
 
 
 @pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])

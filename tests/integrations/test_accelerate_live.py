@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import pickle
 
 import pytest
@@ -538,6 +539,24 @@ def hook_decoder(model, vae):
     vae.decoder.register_forward_hook(lambda module, inputs, output: output / 2)
 
 
+def pad_in_circles(model, vae):
+    for conv in vae.decoder.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.padding_mode = "circular"
+
+
+def group_otherwise(model, vae):
+    for norm in vae.decoder.modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = 16
+
+
+def other_bound(model, vae):
+    """Without effect until a scale has grown beyond it."""
+    for block in model.blocks:
+        block.attn.max_scale_mul = math.log(50)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -551,6 +570,9 @@ def hook_decoder(model, vae):
         (spoil_subclass, r"var\.get_logits is that of Cooler"),
         (spoil_pixels, r"vae\.fhat_to_img was replaced on the instance"),
         (spoil_next_input, r"vae\.quantize\.get_next_autoregressive_input was replaced"),
+        (pad_in_circles, "vae does not run as the original code does"),
+        (group_otherwise, "vae does not run as the original code does"),
+        (other_bound, r"var .*blocks\[0\]\.attn\.max_scale_mul must be log 100; found 3\.9"),
     ],
 )
 def test_code_that_changes_after_accelerate_is_refused(change, name):

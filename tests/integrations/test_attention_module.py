@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from lookalike_var import LookalikeVAR, SelfAttention, lookalike
-from torch import nn
+from torch import func, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 import variant_kernels.masks as masks
 from tests.forked_program import run_forked
@@ -442,6 +445,58 @@ def test_an_exported_layer_gives_the_same_values():
     layer, x, mask = VARiantAttention(0, 64, 2).eval(), torch.randn(2, LAYOUT.total, 64), causal()
     exported = torch.export.export(layer, (x, mask)).module()
     torch.testing.assert_close(exported(x, mask), layer(x, mask))
+
+
+def _transformed(module, x, mask):
+    """What torch.func makes of the layer: gradients of each sample, rows of a Jacobian, ..."""
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+    def loss(weights, x):
+        return func.functional_call(module, weights, (x, mask)).square().sum()
+
+    def loss_of_a_new_mask(x):
+        return module(x, mask.clone().masked_fill(mask < 0, -torch.inf)).square().sum()
+
+    rows = torch.autograd.grad
+    tokens = x.clone().requires_grad_()
+    out_3 = module(tokens, mask)[0, 5, :3]
+    return {
+        "grad": func.grad(loss)(weights, x),
+        "of each sample": func.vmap(func.grad(loss), in_dims=(None, 0))(weights, x.unsqueeze(1)),
+        "jacrev": func.jacrev(lambda y: module(y, mask)[0, 5, :3])(x),
+        "of a new mask": func.grad(loss_of_a_new_mask)(x),
+        "of masks": func.vmap(lambda m: module(x, m))(torch.stack((mask, torch.zeros_like(mask)))),
+        "by the mask": func.grad(lambda m: module(x, m).square().sum())(mask),
+        "batched": rows(out_3, tokens, torch.eye(3), is_grads_batched=True),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func_give_the_originals_values():
+    theirs, ours = pair()
+    x, mask = torch.randn(3, LAYOUT.total, 64), causal()
+    expected = _transformed(theirs, x, mask)
+    for name, found in _transformed(ours, x, mask).items():
+        for own, other in zip(tree_leaves(found), tree_leaves(expected[name]), strict=True):
+            assert (own - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1), name
+
+
+def test_forward_mode_derivatives_by_the_mask_are_not_dropped():
+    _, ours = pair()
+    x, mask = torch.randn(1, LAYOUT.total, 64), causal()
+    ours(x, mask)
+    # The error is that of torch's attention, which runs for such a mask.
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        ours(x, forward_ad.make_dual(mask, torch.ones_like(mask)))
+
+
+def test_a_graph_of_make_fx_holds_for_another_mask():
+    _, ours = pair()
+    x, mask = torch.randn(1, LAYOUT.total, 64), causal()
+    ours.requires_grad_(False)
+    graph = make_fx(lambda x, mask: ours(x, mask))(x, mask)
+    for other in (mask, torch.zeros_like(mask)):
+        close(graph(2 * x, other), ours(2 * x, other))
 
 
 def test_another_dtype_while_caching_is_named():

@@ -535,6 +535,51 @@ def test_parts_replaced_after_the_patch_are_not_passed_by(part):
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def affine_norm():
+    norm = nn.LayerNorm(64, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    return norm
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("part", "make"),
+    [
+        ("ln_wo_grad", affine_norm),
+        ("ln_wo_grad", nn.Identity),
+        ("ln_wo_grad", lambda: nn.Linear(64, 64)),
+        ("drop_path", nn.SiLU),
+        ("drop_path", lambda: nn.Linear(64, 64)),
+        ("drop_path", lambda: nn.Sequential(nn.Linear(64, 64))),
+    ],
+)
+def test_another_module_of_torchs_in_the_place_of_a_part_runs(part, make, autocast):
+    model = seeded("VAR").requires_grad_(False)
+    before = paint(model)[1]
+    with patch(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for owner in (*model.blocks, model.head_nm):
+            if hasattr(owner, part):
+                torch.manual_seed(0)
+                setattr(owner, part, make())
+        ours = paint(model)[1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = paint(model)[1]
+    largest = expected.abs().max()
+    assert (before - expected).abs().max() > 0.1 * largest
+    # Of the first scale: later ones depend on drawn tokens.
+    assert (ours - expected)[:, 0].abs().max() < (0.02 if autocast else 1e-4) * largest
+
+
+def test_weights_given_to_the_norm_while_patched_count():
+    model = seeded("VAR").requires_grad_(False)
+    with patch(model):
+        for owner in (model.blocks[1], model.head_nm):
+            owner.ln_wo_grad.weight = nn.Parameter(torch.arange(64.0) / 32, requires_grad=False)
+        ours = paint(model)[1]
+    expected = paint(model)[1]
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 # --- changed while patched -----------------------------------------------------------------------
 
 
@@ -784,6 +829,30 @@ def test_kept_copies_follow_a_fused_optimiser():
 
 
 @torch.inference_mode()
+def replica(module):
+    """As DataParallel makes them: parameters are plain attributes."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            made._parameters[name] = None
+        else:
+            setattr(made, name, parameter.detach().clone())
+    return made
+
+
+# Infinity itself has no replicas: its list of blocks stays that of the model.
+@pytest.mark.parametrize("family", ["VAR", "CoDe"])
+def test_a_replica_of_data_parallel_paints_the_same(family):
+    model = seeded(family).requires_grad_(False)
+    expected = paint(model)
+    with patch(model):
+        for found in (paint(replica(model)), paint(model)):
+            assert torch.equal(found[0], expected[0])
+            assert (found[1] - expected[1]).abs().max() < 1e-4 * expected[1].abs().max()
+
+
 def test_no_copies_are_kept_of_weights_of_inference_mode():
     model = seeded("VAR")
     with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from variant_kernels.linear import linear, product
+from variant_kernels.packed_linear import pack, packed_linear
 
 FLOAT32 = torch.float32
 
@@ -62,6 +63,23 @@ def test_takes_tensors_of_any_strides():
             strict=True,
         ):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["every second", "a column", "one number"])
+def test_a_bias_of_any_stride_is_added(kind):
+    x_RI, weight_OI = torch.randn(5, 32), torch.randn(48, 32)
+    bias_O = {
+        "every second": torch.randn(96)[::2],
+        "a column": torch.randn(48, 3)[:, 1],
+        "one number": torch.ones(1).expand(48),
+    }[kind]
+    expected = F.linear(x_RI.double(), weight_OI.double(), bias_O.double())
+    for found in (
+        linear(x_RI, weight_OI, bias_O),
+        product(x_RI, weight_OI, bias_O),
+        packed_linear(x_RI, pack(weight_OI), bias_O),
+    ):
+        assert torch.allclose(found.double(), expected, atol=1e-4)
 
 
 def test_only_wanted_gradients_are_computed(calls):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_models import NAMES, load_golden
 from small_models import small_model
+from torch.func import functional_call, grad, vmap
 
 from variant.models.var import VAR, branch_scales, derived_buffers
 from variant_kernels import DepthSchedule, use_backend
@@ -205,3 +206,25 @@ def test_empty_memory_filled_by_a_state_dict_is_the_model():
     assert torch.equal(other.scale_index_L, model.scale_index_L)
     assert torch.equal(other.position_embedding(), model.position_embedding())
     assert other.to("meta").scale_index_L.is_meta
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample_and_batched_ones_are_those_of_single_passes():
+    model = small_model()
+    var, labels_B = model.var, torch.tensor([1, 2])
+    x_BLE = model.vae.teacher_input(torch.randint(24, (2, 14)))
+    weights = {name: weight.detach() for name, weight in var.named_parameters()}
+
+    def loss(weights, label, x_LE):
+        return functional_call(var, weights, (label[None], x_LE[None])).square().mean()
+
+    of_each = vmap(grad(loss), in_dims=(None, 0, 0))(weights, labels_B, x_BLE)
+    out_2 = var(labels_B, x_BLE).square().mean((1, 2))
+    options = {"retain_graph": True, "is_grads_batched": True}
+    batched = torch.autograd.grad(out_2, list(var.parameters()), torch.eye(2), **options)
+    for row in range(2):
+        single = torch.autograd.grad(out_2[row], list(var.parameters()), retain_graph=True)
+        for name, own, expected in zip(weights, batched, single, strict=True):
+            bound = 1e-5 * expected.abs().max().clamp(min=1e-3)
+            assert (own[row] - expected).abs().max() <= bound, name
+            assert (of_each[name][row] - expected).abs().max() <= bound, name

@@ -26,11 +26,12 @@ from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
 from variant.folder_lock import clear_leftovers, saving
-from variant.models.parts import SkipInit, check_saved
+from variant.models.parts import SkipInit, check_saved, shown_text
 from variant.models.placement import WEIGHT_DTYPES
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
+from variant.paths import MAX_TEXT_BYTES, unique_keys
 from variant.tensor_files import StoredTensor, read_all
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
@@ -39,6 +40,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 READS = 5  # of a folder that is saved into meanwhile
 RESERVED = ("format", "var", "vae")  # keys of config.json that save_model writes
+PARTS = ("var", "vae")
+SIZES = "config"  # in the header of the weights: these two entries of config.json, as JSON
 MAX_LISTED = 10  # keys in a warning
 MAX_NESTING = 100  # of extra; also ends at a list that holds itself
 
@@ -68,7 +71,8 @@ def save_model(
         TypeError: ``extra`` holds a value that JSON cannot represent, or a part of a model was
             removed or replaced.
         ValueError: layers of ``var`` were removed or added, a part has other tensors than the
-            config asks for, or ``extra`` has a key that save_model writes itself.
+            config asks for, or ``extra`` has a key that save_model writes itself, or could not be
+            read again.
     """
     folder = Path(folder)
     check_extra("save_pretrained", extra or {})
@@ -85,7 +89,7 @@ def save_model(
         "var": var.config.to_dict(),
         "vae": vae.config.to_dict(),
     }
-    text = json.dumps(config, indent=1, default=_number) + "\n"
+    text = _as_json("save_pretrained", config)
     with saving(folder) as is_locked:
         if is_locked:
             clear_leftovers(folder, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
@@ -93,7 +97,8 @@ def save_model(
         # keeps the old pair.
         with atomic_write(folder / CONFIG_NAME) as path:
             path.write_text(text, encoding="utf-8")
-            save_safetensors(folder / WEIGHTS_NAME, tensors)
+            sizes = {part: config[part] for part in PARTS}
+            save_safetensors(folder / WEIGHTS_NAME, tensors, metadata={SIZES: json.dumps(sizes)})
         card_path = folder / CARD_NAME
         if was_generated(card_path):
             card = model_card(
@@ -124,20 +129,31 @@ def check_extra(op: str, extra: Mapping[str, Any]) -> None:
             raise TypeError(f"{op}: the keys of extra must be text; got {key!r}")
 
 
+def _as_json(op: str, config: Mapping[str, Any]) -> str:
+    """The text of config.json.  Raises: ValueError, if it could not be read again."""
+    try:
+        text = json.dumps(config, indent=1, default=_number) + "\n"
+        json.loads(text, object_pairs_hook=unique_keys)
+    except ValueError as error:  # keys that are one text, a number of too many digits
+        raise ValueError(
+            f"{op}: extra must be readable again as JSON, where keys are text: {error}"
+        ) from None
+    if len(text) > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{op}: {CONFIG_NAME} may have {MAX_TEXT_BYTES:,} bytes; "
+            f"with extra it has {len(text):,}"
+        )
+    return text
+
+
 def _not_json(where: str, value: Any, depth: int = 0) -> tuple[str, Any] | None:
     """The place and value of what JSON cannot represent; None if all of it is plain."""
     if depth > MAX_NESTING:
         return where, "nesting deeper than that"
     if isinstance(value, dict):
-        names: set[str] = set()
         for key, item in value.items():
             if key is not None and not isinstance(key, str | int | float):
                 return f"a key of {where}", key
-            # In JSON a key is text: 1 and "1" are one, and a file with a key twice is not read.
-            name = key if isinstance(key, str) else json.dumps(key)
-            if name in names:
-                return f"a key of {where}", f"{name} twice"
-            names.add(name)
             if found := _not_json(f"{where}[{key!r}]", item, depth + 1):
                 return found
         return None
@@ -230,7 +246,35 @@ def _load_model(
     }
     var = build(VAR, var_config, parts["var."], str(path), device, dtype, strict=strict)
     vae = build(VQVAE, vae_config, parts["vae."], str(path), device, strict=strict)
+    _compare_sizes(folder, config, stored)
     return var.eval(), vae.eval(), config
+
+
+def _compare_sizes(folder: Path, config: Mapping[str, Any], stored: Mapping[Any, Any]) -> None:
+    """A warning that names settings that config.json had otherwise when the weights were saved.
+
+    config.json has no checksum, and may be edited; a damaged digit would go unnoticed.
+    """
+    text = getattr(stored, "metadata", {}).get(SIZES)
+    try:
+        saved = None if text is None else json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        return
+    changes = [
+        f"{part}.{name} is {config[part].get(name)!r}, and was {saved[part].get(name)!r}"
+        for part in PARTS
+        if isinstance(saved.get(part), dict)
+        for name in sorted(config[part].keys() | saved[part].keys())
+        if config[part].get(name) != saved[part].get(name)
+    ]
+    if changes:
+        warnings.warn(
+            f"{folder / CONFIG_NAME}: {shown_text('; '.join(changes))} when the weights were "
+            "saved: it was edited since, or is damaged",
+            stacklevel=4,
+        )
 
 
 def build(

@@ -55,7 +55,7 @@ def read_weights_file(path: Path) -> dict[Any, Any]:
 
 
 def _read_file(path: Path) -> dict[Any, Any]:
-    return dict(stored_safetensors(path)) if path.suffix == ".safetensors" else stored_pickle(path)
+    return stored_safetensors(path) if path.suffix == ".safetensors" else stored_pickle(path)
 
 
 def _read_shards(index: Path) -> dict[Any, Any]:

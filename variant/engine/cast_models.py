@@ -88,8 +88,8 @@ class CastModels:
     def refresh(self) -> None:
         """Casts the weights again at the next call.
 
-        Needed after a change that torch does not record: through ``.data``, or by an optimizer's
-        step in the replay of a CUDA graph.
+        Needed after a change that torch does not record: through ``.data``, by another process in
+        shared memory, or by an optimizer's step in the replay of a CUDA graph.
         """
         with self._lock:
             self._cast = self._graphs = None

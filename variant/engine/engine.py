@@ -70,8 +70,8 @@ class Engine(CastModels):
     Weights are cast once to ``dtype`` (shared where they have it already); the residual stream is
     float32 also in 16-bit engines. A caller's autocast has no effect. Weights that changed (those
     made under ``torch.inference_mode()`` are read for that at each call) are cast again at the next
-    call; :meth:`refresh` does so after a change in place by ``.data`` or by an optimizer's step in
-    the replay of a CUDA graph. ``torch.compile`` does not trace calls: kernels are compiled before.
+    call, but after changes that torch does not record (:meth:`refresh`), as in place by ``.data``.
+    ``torch.compile`` does not trace calls: kernels are compiled before.
 
     Args:
         var, vae: the models; same codebook and layout.

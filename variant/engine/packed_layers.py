@@ -129,7 +129,9 @@ class PackedConv2d(nn.Module):
         super().__init__()
         padding = [int(p) for p in conv.padding]
         self.geometry = padding, list(conv.stride), list(conv.dilation), conv.groups
-        self.bias = None if conv.bias is None else conv.bias.detach().to(cast_buffer.dtype)
+        self.bias = None
+        if conv.bias is not None:  # oneDNN does not look at its stride
+            self.bias = conv.bias.detach().to(cast_buffer.dtype).contiguous()
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(
             cast_buffer(conv.weight), *self.geometry, None
         )

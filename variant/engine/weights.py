@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from variant.engine.hooks import check_hooks
 from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
+from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.parts import check_parts, has_method_of
 from variant.models.var import VAR, projection
 from variant.models.vqvae import VQVAE
 from variant.models.zones import LINEARS, LayerView
+from variant_kernels.integrations.alterations import is_setting, readable
 from variant_kernels.tensors import Memory, version_of
 
 # Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
@@ -29,6 +31,8 @@ from variant_kernels.tensors import Memory, version_of
 MLP_TOKENS = 512
 # Parts of the transformer that the engine calls.
 CALLED = ("class_emb", "lvl_embed", "shared_ada_lin")
+# Of the config, in place of the parts' attributes of these names.
+SETTINGS = ("norm_eps", "num_heads", "head_dim", "shared_aln")
 
 
 class LayerWeights:
@@ -142,28 +146,46 @@ class EngineWeights:
         return self._decoder(f_hat_BCHW)
 
 
+_GET: Any = dict.get
+
+
 class Version(NamedTuple):
     """What an engine made its weights from.
 
     modules, classes, forwards: of both models; forwards are those set on a module itself.
     members: numbers of the attributes of each module, among which other methods may be.
+    settings: numbers, texts and configs among these attributes: padding modes, softmax scales.
     hooks: ids of all forward hooks and forward pre-hooks.
-    tensors: of every parameter and buffer its identity, address and version.
+    tensors: of every parameter and buffer, and of tensors that a caller put in the place of one,
+        the identity, address and version.
     """
 
     modules: tuple[nn.Module, ...]
     classes: tuple[type[nn.Module], ...]
     forwards: tuple[Any, ...]
     members: tuple[int, ...]
+    settings: tuple[Any, ...]
     hooks: tuple[int, ...]
     tensors: tuple[tuple[int, int, int], ...]
+
+    def __eq__(self, other: object) -> bool:
+        try:
+            return tuple.__eq__(self, other)
+        except (RuntimeError, TypeError, ValueError):  # a tensor took the place of a setting
+            return False
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
 
 
 class WeightsVersion:
     """Reads a :class:`Version`, which differs after any change but one in place by ``.data``.
 
     Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle.
-    While every module has the same children as at the last walk, its result is used again.
+    While every module has the same children as at the last walk, and as many attributes, its
+    result is used again.
     """
 
     def __init__(self) -> None:
@@ -172,14 +194,33 @@ class WeightsVersion:
         self._holders: Sequence[Mapping[str, Tensor | None]] = []
         self._hooks: Sequence[Mapping[int, Any]] = []
         self._members: Sequence[Mapping[str, Any]] = []
+        self._settings: tuple[Sequence[Mapping[str, Any]], Sequence[str]] = ([], [])
+        # Tensors that are neither parameters nor buffers.
+        self._plain: Sequence[tuple[Mapping[str, Any], str]] = []
+        self._counts: list[int] = []
 
     def __call__(self, var: VAR, vae: VQVAE) -> Version:
         """The version of now."""
-        if self._children != [var, vae, *_children(self._modules)]:
+        known = self._children, self._counts
+        if known != ([var, vae, *_children(self._modules)], list(map(len, self._members))):
             self._modules = (*var.modules(), *vae.modules())
             holders = [(module._parameters, module._buffers) for module in self._modules]
             self._holders = list(chain.from_iterable(holders))
             self._members = [vars(module) for module in self._modules]
+            settings = [
+                (members, name)
+                for members in self._members
+                for name, value in members.items()
+                if isinstance(value, VARConfig | VQVAEConfig) or is_setting(name, value)
+            ]
+            self._settings = [members for members, _ in settings], [name for _, name in settings]
+            self._plain = [
+                (members, name)
+                for members in self._members
+                for name, value in members.items()
+                if isinstance(value, Tensor)
+            ]
+            self._counts = list(map(len, self._members))
             hooks = ("_forward_pre_hooks", "_forward_hooks")
             self._hooks = [members[name] for members in self._members for name in hooks]
             # Last: another thread takes the rest as it is where this is of now.
@@ -188,7 +229,8 @@ class WeightsVersion:
             self._modules,
             tuple(map(type, self._modules)),
             tuple([members.get("forward") for members in self._members]),
-            tuple(map(len, self._members)),
+            tuple(self._counts),
+            tuple(map(_GET, *self._settings)),
             tuple(chain.from_iterable(self._hooks)),
             # The identity, as another parameter may be a view of the same memory.
             tuple((id(t), t.data_ptr(), version_of(t)) for t in self._tensors()),
@@ -204,7 +246,12 @@ class WeightsVersion:
         return (*version[:-1], kinds)
 
     def _tensors(self) -> Iterator[Tensor]:
-        return (t for holder in self._holders for t in holder.values() if t is not None)
+        yield from (t for holder in self._holders for t in holder.values() if t is not None)
+        for members, name in self._plain:
+            value = members.get(name)
+            # Those that a hook makes of parameters are made anew at each call of the module.
+            if isinstance(value, Tensor) and not members["_forward_pre_hooks"]:
+                yield value
 
 
 def _children(modules: Sequence[nn.Module]) -> list[nn.Module | None]:
@@ -218,8 +265,8 @@ def check_engine_parts(var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -
 
     Raises:
         TypeError, ValueError: a part is missing, of another class, or of another shape, or has a
-            hook that changes what it takes or returns; a method of the models that the engine does
-            not call was replaced.
+            hook that changes what it takes or returns; a setting of a part is not the config's; a
+            method of the models that the engine does not call was replaced.
     """
     if not has_method_of(vae, VQVAE, "decode"):
         raise TypeError(
@@ -232,7 +279,22 @@ def check_engine_parts(var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -
         return not set(names).isdisjoint(path.split("."))
 
     check_parts("Engine", {"var": var}, is_called)
+    _check_settings(var)
     check_hooks(var, is_called)
+
+
+def _check_settings(var: VAR) -> None:
+    """Raises: ValueError, if a part has a setting that the engine takes from the config."""
+    config = var.config
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    for path, part in var.named_modules():
+        for name in settings.keys() & vars(part).keys():
+            found = vars(part)[name]
+            if found != settings[name]:
+                raise ValueError(
+                    f"Engine: var.{readable(path)}.{name} must be {settings[name]}, that of "
+                    f"var.config, which the engine reads; got {found}. Change both"
+                )
 
 
 def on_gpu(weight: Tensor) -> bool:

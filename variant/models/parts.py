@@ -24,7 +24,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from variant_kernels.arguments import shown, typed
 from variant_kernels.dispatch.request import dtype_name
-from variant_kernels.integrations.alterations import methods_on_instance
+from variant_kernels.integrations.alterations import (
+    methods_on_instance,
+    readable,
+    settings_of,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -95,13 +99,15 @@ def check_parts(
 
 
 def check_saved(op: str, name: str, model: nn.Module) -> None:
-    """Check that the weights of a model are those by which a model of its config can be loaded.
+    """Check that a model of its config that has its weights computes what it computes.
 
     Raises:
-        TypeError, ValueError: as :func:`check_parts`, or for weights under other names.
+        TypeError, ValueError: as :func:`check_parts`, or for weights under other names, or for a
+            setting of a part that is not the config's.
     """
     check_parts(op, {name: model})
-    own, needed = model.state_dict().keys(), expected_model(model).state_dict().keys()
+    expected = expected_model(model)
+    own, needed = model.state_dict().keys(), expected.state_dict().keys()
     other = [*sorted(own - needed), *sorted(needed - own)]
     if other:
         what = "has a weight that its config does not ask for" if own - needed else "lacks a weight"
@@ -109,6 +115,16 @@ def check_saved(op: str, name: str, model: nn.Module) -> None:
             f"{op}: {name} {what}, {shown(other[0])} (of {len(other)} such names); a model of its "
             "config could not load it. Remove parametrizations, wrappers and added parts first"
         )
+    for path, part in expected.named_modules():
+        found = vars(model.get_submodule(path))
+        for setting, value in settings_of(part).items():
+            if setting != "inplace" and found.get(setting, value) != value:
+                where = f"{name}.{readable(path)}".removesuffix(".")
+                raise ValueError(
+                    f"{op}: {where}.{setting} must be {value!r}, as {name}.config says; got "
+                    f"{found[setting]!r}, which a model loaded from the file would not have. Set "
+                    "it back"
+                )
 
 
 def explains(op: str, *unused: str) -> Callable[[Method], Method]:

@@ -42,6 +42,29 @@ def readable(path: str) -> str:
     return re.sub(r"(^|\.)(\d+)", lambda m: f"[{m.group(2)}]", path)
 
 
+# --- settings -----------------------------------------------------------------------------------
+
+# Attributes of every module, and one that the original's generation sets and resets.
+_OF_ALL_MODULES = frozenset({*vars(nn.Module()), "caching"})
+_SCALARS = (bool, int, float, str)
+
+
+def is_setting(name: str, value: object) -> bool:
+    """Whether an attribute of a module is a number, a text, or a tuple of them, of its own."""
+    if name in _OF_ALL_MODULES:
+        return False
+    return isinstance(value, _SCALARS) or (
+        isinstance(value, tuple) and all(isinstance(item, _SCALARS) for item in value)
+    )
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What decides, beside tensors and code, what a module computes: ``eps``, ``padding_mode``."""
+    members = vars(module)
+    own = [name for name in members if name not in _OF_ALL_MODULES]
+    return {name: members[name] for name in own if is_setting(name, members[name])}
+
+
 # --- at each call -------------------------------------------------------------------------------
 
 

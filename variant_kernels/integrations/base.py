@@ -197,7 +197,8 @@ def require(family: str, condition: bool, requirement: str, actual: Any) -> None
         PatchError: the condition is false; names the family, the requirement and the actual value.
     """
     if not condition:
-        raise PatchError(f"patch: the model looks like {family}, but {requirement}; found {actual}")
+        found = " ".join(str(actual).split())  # of a module, which prints one line for each part
+        raise PatchError(f"patch: the model looks like {family}, but {requirement}; found {found}")
 
 
 class Handle:

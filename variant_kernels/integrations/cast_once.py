@@ -43,6 +43,6 @@ def without_autocast(module: nn.Module, cond: Tensor) -> Tensor:
     It runs once per generation on few rows, so casting the weights would cost more than the
     product.
     """
-    weight = next(module.parameters())
+    weight = next(module.parameters(), cond)  # a replica of DataParallel has no parameters
     with torch.autocast(cond.device.type, enabled=False):
         return module(cond.to(weight.dtype))

@@ -112,10 +112,10 @@ class PatchedBlock(Patched, nn.Module):
 
     @untraced
     def _may_pass_by_parts(self) -> bool:
-        if not is_plain(self.ln_wo_grad) or not self._modules.keys() <= BLOCK_PARTS:
+        if not only_normalises(self.ln_wo_grad) or not self._modules.keys() <= BLOCK_PARTS:
             return False
         drop_path = self._modules.get("drop_path")
-        if drop_path is not None and not is_plain(drop_path):
+        if drop_path is not None and not (type(drop_path) is nn.Identity and is_plain(drop_path)):
             stochastic_depth = type(drop_path).__name__ == "DropPath" and not drop_path.training
             if not stochastic_depth or is_altered(drop_path):
                 return False
@@ -154,7 +154,7 @@ class PatchedHeadNorm(Patched, nn.Module):
     @untraced
     def _may_pass_by_parts(self) -> bool:
         known = self._modules.keys() <= {"ln_wo_grad", "ada_lin"}
-        return known and is_plain(self.ln_wo_grad) and all_plain(self.ada_lin)
+        return known and only_normalises(self.ln_wo_grad) and all_plain(self.ada_lin)
 
 
 class PatchedSharedProjection(Patched, nn.Module):
@@ -337,6 +337,11 @@ class VARFamily(ModelFamily):
 def plain_norm(norm: Any) -> bool:
     """Whether this is a layer norm without weight and bias."""
     return isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
+
+
+def only_normalises(norm: nn.Module) -> bool:
+    """Whether a call of this module does what the kernels do: torch's norm without weights."""
+    return type(norm) is nn.LayerNorm and is_plain(norm) and plain_norm(norm)
 
 
 def require_arguments(family: str, module: nn.Module, name: str, expected: list[str]) -> None:
