@@ -43,7 +43,8 @@ def test_activations_are_those_of_torch_fidelity(network):
         for output, values in zip(outputs, expected, strict=True):
             values = torch.tensor(values)
             assert values.std() > 0.1, "the expected activations must not be constant"
-            torch.testing.assert_close(output.flatten()[::97], values, rtol=1e-5, atol=1e-5)
+            # Convolutions of other instruction sets round differently, by up to 1.4e-5.
+            torch.testing.assert_close(output.flatten()[::97], values, rtol=1e-5, atol=5e-5)
 
 
 def test_metrics_are_those_of_torch_fidelity(network):

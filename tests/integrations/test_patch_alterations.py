@@ -828,7 +828,6 @@ def test_kept_copies_follow_a_fused_optimiser():
     assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-@torch.inference_mode()
 def replica(module):
     """As DataParallel makes them: parameters are plain attributes."""
     made = module._replicate_for_data_parallel()
@@ -853,6 +852,7 @@ def test_a_replica_of_data_parallel_paints_the_same(family):
             assert (found[1] - expected[1]).abs().max() < 1e-4 * expected[1].abs().max()
 
 
+@torch.inference_mode()
 def test_no_copies_are_kept_of_weights_of_inference_mode():
     model = seeded("VAR")
     with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):
