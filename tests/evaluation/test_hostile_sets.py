@@ -407,10 +407,11 @@ def compared(tmp_path, capsys, other):
 def test_a_result_that_eval_did_not_write_is_named(tmp_path, capsys, other, text):
     code, out, error = compared(tmp_path, capsys, other)
     assert (code, out) == (1, "")
-    assert error.startswith("variant: error: ")
-    assert error.count("\n") == 1
-    assert "b.json" in error
-    assert text in error
+    first, line = error.splitlines()
+    assert first.startswith("eval: comparing ")
+    assert line.startswith("variant: error: ")
+    assert "b.json" in line
+    assert text in line
     assert not (tmp_path / "c.json").exists()
 
 

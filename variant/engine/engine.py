@@ -201,6 +201,7 @@ class Engine(CastModels):
             state = runner.start(labels_B, schedule=schedule, guidance=False)
             return teacher_forced_logits(state, tokens_BL.to(self.device))
 
+    @untraced
     def forced_log_probs(
         self,
         labels_B: Tensor,
