@@ -399,9 +399,8 @@ def test_strict_false_of_original_files_names_what_does_not_fit(tmp_path):
         ({"format": "mine"}, ValueError, "extra must not have the key 'format'"),
         ({"var": {}}, ValueError, "extra must not have the key 'var'"),
         ({3: "x"}, TypeError, "the keys of extra must be text; got 3"),
-        # One key in JSON, which from_pretrained would refuse.
         ([("a", 1)], TypeError, "extra must be of type Mapping"),
-        # Files that from_pretrained could not read.
+        # One key in JSON, and files that from_pretrained could not read.
         ({"a": {1: 2, "1": 3}}, ValueError, "extra must be readable .* has the key 1 twice"),
         ({"a": [{True: 2, "true": 3}]}, ValueError, "extra must be .* has the key true twice"),
         ({"a": 10**5000}, ValueError, "extra must be readable .* limit"),

@@ -372,6 +372,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
     [
         ("var.blocks.1", "norm_eps", 0.5, r"var\.blocks\[1\]"),
         ("var.blocks.0.attn", "softmax_scale", 0.5, r"var\.blocks\[0\]\.attn"),
+        ("var.blocks.0.attn", "softmax_scale", torch.ones(2), r"var\.blocks\[0\]\.attn"),
         ("vae.quantize.quant_resi.qresi_ls.0", "ratio", 0.1, r"vae\.quantize\..*\[0\]"),
         ("vae.decoder.conv_in", "padding_mode", "circular", r"vae\.decoder\.conv_in"),
     ],

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from changed_parts import Wrapper, halved, owner_of, removed, replaced, wrapped
@@ -392,6 +393,43 @@ def test_a_setting_that_is_the_configs_is_refused_by_name(path, is_used):
         message = rf"{readable(path)}\.norm_eps must be 1e-06, that of var\.config, .*; got 0\.5"
     with pytest.raises(ValueError, match=message):
         images(model)
+
+
+class LabelAttention(nn.Module):
+    """A part that the engine calls, with settings of its own."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        width = embedding.embedding_dim
+        self.embedding, self.norm_eps = embedding, 0.5
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+
+    def forward(self, labels):
+        x_B1C = self.embedding(labels).unsqueeze(1)
+        return x_B1C.add(self.attention(x_B1C, x_B1C, x_B1C)[0]).squeeze(1)
+
+
+def test_settings_of_a_part_that_is_called_are_its_own():
+    model = small_model()
+    before = images(model)
+    model.var.class_emb = LabelAttention(model.var.class_emb)
+    model.var.num_heads = 7  # as the original code has it; nothing reads it
+    assert not torch.equal(images(model), before)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.full((2,), 0.5), np.array([0.5, 0.5])], ids=["torch", "np"]
+)
+def test_several_numbers_in_the_place_of_a_setting_are_seen(value):
+    model = small_model()
+    block = model.var.blocks[0]
+    images(model)
+    block.norm_eps, own = value, block.norm_eps
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"blocks\[0\]\.norm_eps must be 1e-06, that of var"):
+            images(model)
+    block.norm_eps = own
+    images(model)
 
 
 @pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])

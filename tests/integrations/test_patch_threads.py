@@ -1,5 +1,6 @@
 """Threads that patch, unpatch and accelerate one model at the same time."""
 
+import os
 import sys
 import threading
 
@@ -125,6 +126,27 @@ def test_an_unpatch_that_is_refused_lets_generations_begin(model):
             handle.unpatch()
         assert torch.equal(paint(model), tokens)
         del model.blocks[0].attn.forward
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_patches_while_a_thread_of_its_parent_did():
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with base.one_thread("patch"):
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if base._CHANGES.acquire(timeout=1) else 1)
+    done.set()
+    thread.join(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_thread_that_waits_for_ever_is_told_why(model, monkeypatch):

@@ -50,7 +50,7 @@ class CastModels:
         """Empties what is rebuilt on use and not pickled: cast weights, graphs, page tables."""
         self._lock = Lock()
         self._weights_version = WeightsVersion()
-        self._checked: tuple[Any, ...] = ()
+        self._checked: Version | None = None
         self._cast: tuple[Version, EngineWeights] | None = None
         self._cast_from: Memory | None = None
         self._graphs: tuple[EngineWeights, GraphReplay] | None = None

@@ -20,10 +20,10 @@ from variant.engine.hooks import check_hooks
 from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.parts import check_parts, has_method_of
-from variant.models.var import VAR, projection
+from variant.models.var import VAR, Block, HeadNorm, SelfAttention, projection
 from variant.models.vqvae import VQVAE
 from variant.models.zones import LINEARS, LayerView
-from variant_kernels.integrations.alterations import is_setting, readable
+from variant_kernels.integrations.alterations import is_equal, is_setting, readable
 from variant_kernels.tensors import Memory, version_of
 
 # Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
@@ -169,10 +169,7 @@ class Version(NamedTuple):
     tensors: tuple[tuple[int, int, int], ...]
 
     def __eq__(self, other: object) -> bool:
-        try:
-            return tuple.__eq__(self, other)
-        except (RuntimeError, TypeError, ValueError):  # a tensor took the place of a setting
-            return False
+        return isinstance(other, Version) and is_equal(tuple(self), tuple(other))
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -240,10 +237,10 @@ class WeightsVersion:
         """The memory of the tensors of the last version; where it was freed, they are others."""
         return Memory(self._tensors())
 
-    def structure(self, version: Version) -> tuple[Any, ...]:
+    def structure(self, version: Version) -> Version:
         """The last version without the values of tensors: what decides whether the parts fit."""
         kinds = tuple((id(t), t.shape, t.dtype, t.device) for t in self._tensors())
-        return (*version[:-1], kinds)
+        return version._replace(tensors=kinds)
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from (t for holder in self._holders for t in holder.values() if t is not None)
@@ -288,9 +285,10 @@ def _check_settings(var: VAR) -> None:
     config = var.config
     settings = {name: getattr(config, name) for name in SETTINGS}
     for path, part in var.named_modules():
-        for name in settings.keys() & vars(part).keys():
-            found = vars(part)[name]
-            if found != settings[name]:
+        if not isinstance(part, Block | SelfAttention | HeadNorm):
+            continue  # what the engine calls has settings of its own
+        for name, found in vars(part).items():
+            if name in settings and not is_equal(found, settings[name]):
                 raise ValueError(
                     f"Engine: var.{readable(path)}.{name} must be {settings[name]}, that of "
                     f"var.config, which the engine reads; got {found}. Change both"

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from variant_kernels.arguments import shown, typed
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.integrations.alterations import (
+    is_equal,
     methods_on_instance,
     readable,
     settings_of,
@@ -118,12 +119,12 @@ def check_saved(op: str, name: str, model: nn.Module) -> None:
     for path, part in expected.named_modules():
         found = vars(model.get_submodule(path))
         for setting, value in settings_of(part).items():
-            if setting != "inplace" and found.get(setting, value) != value:
+            if setting != "inplace" and not is_equal(found.get(setting, value), value):
                 where = f"{name}.{readable(path)}".removesuffix(".")
                 raise ValueError(
                     f"{op}: {where}.{setting} must be {value!r}, as {name}.config says; got "
-                    f"{found[setting]!r}, which a model loaded from the file would not have. Set "
-                    "it back"
+                    f"{shown(found[setting])}, which a model loaded from the file would not have. "
+                    "Set it back"
                 )
 
 

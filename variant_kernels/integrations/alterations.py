@@ -47,6 +47,7 @@ def readable(path: str) -> str:
 # Attributes of every module, and one that the original's generation sets and resets.
 _OF_ALL_MODULES = frozenset({*vars(nn.Module()), "caching"})
 _SCALARS = (bool, int, float, str)
+_USUAL = frozenset(_SCALARS)  # found in less time than their subclasses
 
 
 def is_setting(name: str, value: object) -> bool:
@@ -60,9 +61,22 @@ def is_setting(name: str, value: object) -> bool:
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """What decides, beside tensors and code, what a module computes: ``eps``, ``padding_mode``."""
-    members = vars(module)
-    own = [name for name in members if name not in _OF_ALL_MODULES]
-    return {name: members[name] for name in own if is_setting(name, members[name])}
+    found = {}
+    for name, value in vars(module).items():  # of every module, at each call of a live model
+        if name not in _OF_ALL_MODULES:
+            kind = type(value)
+            usual = kind in _USUAL or (kind is tuple and _USUAL.issuperset(map(type, value)))
+            if usual or is_setting(name, value):
+                found[name] = value
+    return found
+
+
+def is_equal(one: object, other: object) -> bool:
+    """Whether two values are equal; False for a tensor in the place of a number."""
+    try:
+        return bool(one == other)
+    except (RuntimeError, TypeError, ValueError):  # of several elements
+        return False
 
 
 # --- at each call -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ tools changed before a patch, classes.py what they put on top of it.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,15 @@ _CHANGES = threading.RLock()
 PATIENCE = 60.0
 
 
+def _new_lock() -> None:
+    global _CHANGES
+    _CHANGES = threading.RLock()  # another thread, which a forked process lacks, may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
 @contextmanager
 def one_thread(op: str, error: type[Exception] = PatchError) -> Iterator[None]:
     """Wait until no other thread patches, unpatches or compares a model, and keep others waiting.
@@ -49,7 +59,8 @@ def one_thread(op: str, error: type[Exception] = PatchError) -> Iterator[None]:
     Raises:
         PatchError, or the other ``error``: that takes longer than a minute.
     """
-    if not _CHANGES.acquire(timeout=PATIENCE):
+    lock = _CHANGES  # a fork within the block makes another one
+    if not lock.acquire(timeout=PATIENCE):
         raise error(
             f"{op}: another thread has been patching, unpatching or comparing a model for "
             f"{PATIENCE:g} s; let it end first (a hook of its model may be waiting for this thread)"
@@ -57,7 +68,7 @@ def one_thread(op: str, error: type[Exception] = PatchError) -> Iterator[None]:
     try:
         yield
     finally:
-        _CHANGES.release()
+        lock.release()
 
 
 @dataclass(frozen=True)
