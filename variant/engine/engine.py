@@ -117,6 +117,10 @@ class Engine(CastModels):
         self.backend, self.capture = backend, boolean("Engine", "capture", capture)
         self._launchers(self.kv_dtype)  # raises where the backend cannot run these dtypes
 
+    def _check_parts(self) -> None:
+        check_pair(self.var, self.vae, "Engine")  # other models may have taken their place
+        super()._check_parts()
+
     # --- launchers, graphs ----------------------------------------------------------------------
 
     def _launchers(self, kv_dtype: torch.dtype | None) -> Launchers:
