@@ -348,7 +348,7 @@ class VAR(nn.Module):
         h_BLC = self.head_nm(stream, cond_BC)
         if targets_BL is None:
             return self.head(h_BLC).float()
-        return _token_loss(self.head, h_BLC, targets_BL)
+        return token_loss(self.head, h_BLC, targets_BL)
 
     def _drops(
         self, labels_B: Tensor, dropped_B: Tensor | None, branch_scales_N2B: Tensor | None
@@ -509,7 +509,7 @@ def _run_layers(
     return stream.prefix(var.layout.total)
 
 
-def _token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
+def token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
     """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
     if type(head) is nn.Linear and is_plain(head, nn.Linear) and head.bias is not None:
         return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
