@@ -15,7 +15,7 @@ from variant.checkpoints.locate import check_path, fetched, locate
 from variant.checkpoints.model_card import model_card
 from variant.checkpoints.model_folder import load_model, save_model
 from variant.checkpoints.original_var import load_original
-from variant.engine.engine import check_pair
+from variant.engine.cast_models import check_pair
 from variant.models.placement import WEIGHT_DTYPES, check_device, check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE

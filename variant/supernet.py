@@ -12,7 +12,8 @@ from torch import Tensor
 
 from variant.checkpoints.model_card import TAGS
 from variant.engine.arguments import Labels
-from variant.engine.engine import Engine, check_engine_dtype, check_pair
+from variant.engine.cast_models import check_pair
+from variant.engine.engine import Engine, check_engine_dtype
 from variant.engine.generation import Generation, OnScale, PerScale
 from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR

@@ -28,7 +28,8 @@ class _Gelu(Function):
         ctx: Any, grad_y: Tensor
     ) -> Tensor:
         (x,) = ctx.saved_tensors
-        if not is_plain(grad_y):  # of vmap or is_grads_batched, around the backward pass alone
+        # Of vmap or is_grads_batched, around the backward pass alone; or a negated view.
+        if not is_plain(grad_y):
             return torch.ops.aten.gelu_backward(grad_y, x, approximate="tanh")
         return _GeluBackward.apply(grad_y, x)  # type: ignore[return-value]
 

@@ -38,6 +38,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
                 type(x) in _PLAIN
                 and x.is_cpu
                 and x.numel() > 0
+                and not x.is_neg()  # its memory holds the negated values
                 and not is_functorch_wrapped_tensor(x)
                 and not is_legacy_batchedtensor(x)
             )

@@ -10,6 +10,7 @@ from golden_models import NAMES, golden_engine, golden_models, load_golden
 from small_models import small_model
 
 from variant.engine.engine import Engine
+from variant.models.config import VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, use_backend
@@ -448,6 +449,16 @@ def test_models_of_different_layouts_raise():
     plain, other = load_golden("plain"), load_golden("no_l2norm")
     with pytest.raises(ValueError, match="agree on patch_nums"):
         Engine(VAR(plain.var_config), VQVAE(other.vae_config))
+
+
+def test_a_later_model_that_does_not_fit_is_refused():
+    """A larger codebook would give images of other codes without a word."""
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    engine.generate([1], seed=0)
+    engine.vae = VQVAE(VQVAEConfig.from_dict({**model.vae.config.to_dict(), "vocab_size": 48}))
+    with pytest.raises(ValueError, match="agree on vocab_size; got 24 and 48"):
+        engine.generate([1], seed=0)
 
 
 def test_replaced_layers_modules_and_weights_are_cast_again():

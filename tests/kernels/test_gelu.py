@@ -91,3 +91,12 @@ def test_threads_change_no_bit():
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
+
+
+def test_negated_views_have_the_negated_values():
+    """Their memory holds the other sign, and the kernel takes addresses."""
+    x, grad_y = torch.randn(2, 3, 4)
+    negated, like = torch._neg_view(x).requires_grad_(), (-x).requires_grad_()
+    torch.testing.assert_close(gelu(negated), torch_gelu(like))
+    (ours,) = torch.autograd.grad(gelu(like), like, torch._neg_view(grad_y))
+    torch.testing.assert_close(ours, torch.autograd.grad(torch_gelu(like), like, -grad_y)[0])

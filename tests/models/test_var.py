@@ -228,3 +228,21 @@ def test_gradients_of_each_sample_and_batched_ones_are_those_of_single_passes():
             bound = 1e-5 * expected.abs().max().clamp(min=1e-3)
             assert (own[row] - expected).abs().max() <= bound, name
             assert (of_each[name][row] - expected).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("way", ["hook", "method"])
+def test_the_loss_is_that_of_the_logits_whatever_the_head_does(way):
+    """The chunked loss reads the weights of a plain head only."""
+    var = small_model().var
+    if way == "hook":
+        var.head.register_forward_hook(lambda *args: args[-1] / 3)
+    else:
+        var.head.forward = lambda h: torch.nn.functional.linear(h, var.head.weight) / 3
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 3])
+    x_teacher = torch.randn(2, var.layout.total - 1, 8, generator=generator)
+    targets = torch.randint(24, (2, var.layout.total), generator=generator)
+    logits = var(labels, x_teacher)
+    loss = var(labels, x_teacher, targets_BL=targets)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss.mean, expected)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from golden_models import NAMES, load_golden
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from variant.models.config import VARConfig, VQVAEConfig
@@ -114,6 +115,23 @@ def test_the_convolution_without_tf32_is_torchs_own():
     with torch.no_grad():
         assert torch.equal(conv(x), with_gradient)
         assert conv.half()(x.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("way", ["setting", "method"])
+def test_a_changed_padding_holds_with_and_without_gradients(way):
+    """The two ways in which images are made to repeat seamlessly."""
+    conv, x = small().quantize.quant_resi[0], torch.randn(2, 4, 4, 4)
+    if way == "setting":
+        conv.padding_mode = "circular"
+    else:
+        conv._conv_forward = lambda x, weight, bias: F.conv2d(
+            F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias
+        )
+    padded = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), conv.weight, conv.bias)
+    expected = x * (1 - conv.ratio) + padded * conv.ratio
+    torch.testing.assert_close(conv(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), expected)
 
 
 def test_four_convolutions_are_shared_by_ten_scales_as_in_trained_checkpoints():

@@ -57,6 +57,16 @@ def test_the_sum_over_prefixes_is_the_loss_of_the_forward_pass(make, cache_bytes
         assert loss_of(losses, schedule) == pytest.approx(expected, abs=2e-5)
 
 
+def test_the_loss_is_that_of_the_head_with_its_hooks():
+    model = small_model()
+    model.var.head.register_forward_hook(lambda *args: args[-1] / 3)
+    labels_N, tokens_NL = images_of(model)
+    losses = ForcedLosses(model.var, model.vae, labels_N, tokens_NL)
+    schedule = next(iter(SPACE.schedules()))
+    expected = reference(model, labels_N, tokens_NL, schedule)
+    assert loss_of(losses, schedule) == pytest.approx(expected, abs=2e-5)
+
+
 def counted(losses):
     """The prefixes of all scales that run, by part, and the bytes of K and V after each."""
     ran, held, scale = [], [], losses._scale

@@ -295,7 +295,9 @@ class BatchRunner:
         return tuple(sorted(zone for zone in zones if zone is not None))
 
     def _tables(self, schedule: DepthSchedule, num_sequences: int) -> PageTables:
-        return self.page_tables.get(schedule, num_sequences, self.page_size, self.device)
+        return self.page_tables.get(
+            self.var.layout, schedule, num_sequences, self.page_size, self.device
+        )
 
     @explains("Engine", *ENCODER)
     def generate(

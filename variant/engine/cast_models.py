@@ -9,12 +9,13 @@ from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.engine.cuda_graphs import GraphCache
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.page_tables import PageTableCache
 from variant.engine.weights import EngineWeights, Version, WeightsVersion, check_engine_parts
+from variant.models.config import check_pair_of_configs
 from variant.models.parts import explained, head_weight
 from variant.models.var import VAR
 from variant.models.vqvae import ENCODER, VQVAE
@@ -95,6 +96,7 @@ class CastModels:
             self._cast = self._graphs = None
 
     def _check_parts(self) -> None:
+        check_pair(self.var, self.vae, "Engine")  # other models may have taken their place
         with explained("Engine", self, ENCODER), torch.autocast(self.device.type, enabled=False):
             check_engine_parts(self.var, self.vae, self.product_dtype, self.packed)
 
@@ -149,6 +151,18 @@ class CastModels:
         models = (self.var, self.vae)
         tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
         return [tensor.detach() for tensor in tensors]
+
+
+def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant") -> None:
+    """Raises: TypeError unless they are a VAR and a VQVAE; ValueError unless the two have one
+    codebook and layout."""
+    remedy = "variant.accelerate takes model objects of the original code"
+    a = instance(op, "var", var, VAR, remedy).config
+    b = instance(op, "vae", vae, VQVAE, remedy).config
+    try:
+        check_pair_of_configs(a, b)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
 
 
 def without_graphs_if_full(method: F) -> F:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Unpack, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from variant.engine import memory
 from variant.engine.arguments import (
@@ -35,7 +35,7 @@ from variant.engine.batches import (
     decode_rgb,
     without_autocast,
 )
-from variant.engine.cast_models import CastModels, without_graphs_if_full
+from variant.engine.cast_models import CastModels, check_pair, without_graphs_if_full
 from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recorder
 from variant.engine.drawing import extra_logit_bytes
 from variant.engine.generation import Generation, PerScale, Sampling
@@ -47,7 +47,7 @@ from variant.engine.memory import free_bytes, largest_batch
 from variant.engine.runs import Call, CallOptions, Current, Run, Source
 from variant.engine.step_loop import teacher_forced_logits
 from variant.engine.weights import EngineWeights
-from variant.models.config import VARConfig, check_pair_of_configs
+from variant.models.config import VARConfig
 from variant.models.parts import explained, head_weight
 from variant.models.placement import DTYPES, check_dtype
 from variant.models.var import VAR
@@ -458,18 +458,6 @@ def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> to
             f"dtype must be one of {', '.join(map(dtype_name, DTYPES))}"
         )
     return asked or weights
-
-
-def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant") -> None:
-    """Raises: TypeError unless they are a VAR and a VQVAE; ValueError unless the two have one
-    codebook and layout."""
-    remedy = "variant.accelerate takes model objects of the original code"
-    a = instance(op, "var", var, VAR, remedy).config
-    b = instance(op, "vae", vae, VQVAE, remedy).config
-    try:
-        check_pair_of_configs(a, b)
-    except ValueError as error:
-        raise ValueError(f"{op}: {error}") from None
 
 
 def check_values(op: str, var: VAR, vae: VQVAE) -> None:

@@ -7,7 +7,7 @@ from threading import Lock
 
 import torch
 
-from variant_kernels import DepthSchedule
+from variant_kernels import DepthSchedule, ScaleLayout
 from variant_kernels.kv_cache import PageTables
 
 # Schedules and batch sizes whose page tables are kept.
@@ -15,7 +15,9 @@ MAX_PAGE_TABLES = 16
 
 
 class PageTableCache:
-    """Page tables by schedule, batch size, page size and device; the least recently used go first.
+    """Page tables by layout, schedule, batch size, page size and device.
+
+    The least recently used go first. The layout: an engine may get models of another one.
 
     A cache of keys and values fills the tables in as it reaches each scale, and finds them there
     in the next batch: they are built and copied to the device once.
@@ -26,10 +28,15 @@ class PageTableCache:
         self._lock = Lock()
 
     def get(
-        self, schedule: DepthSchedule, num_sequences: int, page_size: int, device: torch.device
+        self,
+        layout: ScaleLayout,
+        schedule: DepthSchedule,
+        num_sequences: int,
+        page_size: int,
+        device: torch.device,
     ) -> PageTables:
         """The tables of that key; empty at the first call."""
-        key = (schedule.layers, num_sequences, page_size, device)
+        key = (layout, schedule.layers, num_sequences, page_size, device)
         with self._lock:
             tables = self._tables.pop(key, {})
             self._tables[key] = tables  # moved to the end

@@ -52,15 +52,25 @@ def computed_again(result: Tensor, compute: Callable[[], Tensor]) -> Iterator[No
     """Within the block, autograd keeps ``compute`` in place of ``result``.
 
     For cheap functions of a tensor that is kept in any case. Unlike :func:`recompute` it runs
-    nothing twice but ``compute``: not the casts of weights under autocast, for instance.
+    nothing twice but ``compute``: not the casts of weights under autocast, for instance. What has
+    the memory of ``result`` but another order (as transposed) or other values (written in place,
+    as by a dropout) is kept.
     """
-    address = result.data_ptr()
+    state = _state(result)
 
     def pack(tensor: Tensor) -> Tensor | torch.Size:
-        return tensor.shape if tensor.data_ptr() == address else tensor
+        same = tensor.is_contiguous() and _state(tensor) == state
+        return tensor.shape if same else tensor
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else compute().view(packed)
 
+    if not result.is_contiguous():
+        yield
+        return
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _state(x: Tensor) -> tuple[int, int, torch.dtype, int]:
+    return x.data_ptr(), x.numel(), x.dtype, x._version

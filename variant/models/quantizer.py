@@ -69,24 +69,30 @@ class ResidualConv(nn.Conv2d):
         operator is used, not ``torch.backends.cudnn.flags``, which sets it for all threads.
         """
         inside = autocast_of(input) is not None
-        if input.dtype != torch.float32 or torch.is_grad_enabled() or inside:
+        if input.dtype != torch.float32 or torch.is_grad_enabled() or inside or self._was_changed:
             return super().forward(input)
         cudnn = torch.backends.cudnn
         return torch.ops.aten._convolution(
             input,
             self.weight,
             self.bias,
-            (1, 1),  # stride
-            (1, 1),  # padding
-            (1, 1),  # dilation
+            self.stride,
+            self.padding,
+            self.dilation,
             False,  # transposed
             (0, 0),  # output_padding
-            1,  # groups
+            self.groups,
             cudnn.benchmark,
             cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
             cudnn.enabled,
             False,  # allow_tf32
         )
+
+    @property
+    def _was_changed(self) -> bool:
+        """Whether it pads otherwise than with zeros, as for images that repeat seamlessly."""
+        padded = self.padding_mode != "zeros" or isinstance(self.padding, str)
+        return padded or "_conv_forward" in vars(self)
 
 
 class _SharedConv(nn.Module):

@@ -25,7 +25,7 @@ from variant.models.depths import layers_of
 from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
 from variant.models.forward_checks import check_forward
 from variant.models.linear import Linear, LinearWithoutBias
-from variant.models.parts import explains, raise_changes
+from variant.models.parts import explains, is_plain, raise_changes
 from variant.models.residual import OpenSum, PrefixStream, closed, modulated
 from variant.models.token_loss import TokenLoss, linear_cross_entropy
 from variant.models.zones import reset_zone_weights, run_layers, run_spans, uses_zone_weights
@@ -348,7 +348,7 @@ class VAR(nn.Module):
         h_BLC = self.head_nm(stream, cond_BC)
         if targets_BL is None:
             return self.head(h_BLC).float()
-        return _token_loss(self.head, h_BLC, targets_BL)
+        return token_loss(self.head, h_BLC, targets_BL)
 
     def _drops(
         self, labels_B: Tensor, dropped_B: Tensor | None, branch_scales_N2B: Tensor | None
@@ -509,11 +509,11 @@ def _run_layers(
     return stream.prefix(var.layout.total)
 
 
-def _token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
+def token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
     """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear and is_plain(head, nn.Linear) and head.bias is not None:
         return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
-    # A layer in its place computes the logits in its own way.
+    # A layer in its place, or one with hooks, computes the logits in its own way.
     logits_BVL = head(h_BLC).float().transpose(1, 2)
     losses_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none")
     return TokenLoss(losses_BL.mean(), losses_BL.detach())

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from variant.models.token_loss import linear_cross_entropy
-from variant.models.var import VAR
+from variant.models.var import VAR, token_loss
 from variant.models.vqvae import VQVAE
 from variant.models.zones import LayerView, zone_of
 from variant.search.space import Layers, Prefix
@@ -155,8 +154,7 @@ class ForcedLosses:
         x_BTC = self._run(number, prefix)
         h_BTC = self.var.head_nm(x_BTC, part.cond_BC)
         tokens_BT = part.tokens_BL[:, layout.slice(len(prefix) - 1)]
-        head = self.var.head
-        loss = linear_cross_entropy(h_BTC, head.weight, head.bias, tokens_BT.contiguous())
+        loss = token_loss(self.var.head, h_BTC, tokens_BT.contiguous())
         return (loss.losses_BL.double().sum(1) / layout.total).cpu().numpy()
 
     def _run(self, number: int, prefix: Prefix, streams: list[Tensor] | None = None) -> Tensor:
