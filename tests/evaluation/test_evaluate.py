@@ -1,5 +1,6 @@
 """``variant eval``: metrics, their record, what differs, and what bad input gets."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.table import Table
 from seeded import images as seeded_images
 from small_models import small_model
@@ -18,6 +20,7 @@ from variant.cli import evaluate as evaluate_module
 from variant.cli import evaluate_depths
 from variant.cli.evaluate import reference_of
 from variant.cli.main import main
+from variant.cli.options import Eval
 from variant.cli.output import _Console
 from variant.data.config import DataSection
 from variant.data.digits import DigitsData
@@ -31,6 +34,7 @@ from variant.evaluation.report import Metric, evaluate
 from variant.evaluation.scores import PrecisionRecall, precision_recall
 from variant.folder_lock import saving
 from variant.paths import file_sha256
+from variant.training.recipe import load_recipe
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
@@ -522,6 +526,43 @@ def test_a_classifier_is_trained_saved_and_recognises(tmp_path):
     path.with_suffix(".json").write_text("{}")
     with pytest.raises(UserError, match='"format" must be'):
         load_classifier(path, "digits", CPU)
+
+
+def test_unreadable_images_of_a_recipe_count_against_its_limit(tmp_path, monkeypatch):
+    for part in ("train", "held_out"):
+        for label in "ab":
+            (tmp_path / part).mkdir(exist_ok=True)
+            write_folder(tmp_path / part / label, array(ord(label), 10))
+    (tmp_path / "held_out" / "a" / "00003_class3.png").write_bytes(b"no image")
+    (tmp_path / "train" / "b" / "00004_class0.png").write_bytes(b"no image")
+    recipe = dataclasses.replace(
+        load_recipe("digits"),
+        data=DataSection(
+            "folder", str(tmp_path / "train"), str(tmp_path / "held_out"), workers=0, max_bad=0.0
+        ),
+    )
+    few = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_bad=2 / 40))
+    monkeypatch.setattr(evaluate_module, "load_recipe", lambda name: recipe)
+    # Another image of its class would take its place, without a word.
+    with pytest.raises(UserError, match=r"00003_class3.png: is not .* 1 of 40 samples .*max_bad"):
+        list(reference_of("own").images.batches(7))
+    path = tmp_path / "classifier.safetensors"
+    command = Eval(reference="own", features="classifier:own", weights=path)
+    monkeypatch.setattr(evaluate_module, "STEPS", 1)
+    monkeypatch.setattr(
+        evaluate_module,
+        "train_classifier",
+        lambda data, **options: train_classifier(data, **{**options, "steps": 1}),
+    )
+    side = recipe.vae.image_size
+    with pytest.raises(UserError, match=r"is not a readable image.* data.max_bad = 0 allows"):
+        evaluate_module.network_of(command, Console(file=io.StringIO()), (side, side))
+    assert not path.exists()
+    monkeypatch.setattr(evaluate_module, "load_recipe", lambda name: few)
+    images = reference_of("own").images
+    with pytest.warns(RuntimeWarning, match=r"00003_class3.png: .* Skipped: 1 of 40 samples"):
+        assert sum(len(batch) for batch in images.batches(7)) == 20
+    assert images.repeats == 1
 
 
 def test_weights_and_record_of_a_classifier_are_of_one_save(tmp_path):

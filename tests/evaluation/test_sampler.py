@@ -1,5 +1,6 @@
 """``variant sample``: the same images by any ranks, batches and restarts; none lost or doubled."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -29,6 +30,9 @@ from variant.errors import UserError
 from variant.evaluation import sampler
 from variant.evaluation.image_sets import open_images
 from variant.evaluation.sampler import SampleFiles
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
+from variant.supernet import VARiant
 
 NUM = 23
 TESTS = Path(__file__).parents[1]
@@ -166,6 +170,37 @@ def test_the_record_names_the_kernels_that_auto_has_chosen(model, tmp_path, monk
     assert set(recorded.pop("kernels").values()) == {"reference"}
     record.write_text(json.dumps(recorded))
     assert main([*words, "--resume"]) == 0
+
+
+def test_the_same_weights_with_other_settings_of_the_model_are_another_run(tmp_path, capsys):
+    folder, out, generated = tmp_path / "model", tmp_path / "a", tmp_path / "g"
+    loaded = small_model()
+    loaded.save_pretrained(folder)
+    words = ["generate", "--model", str(folder), "--labels", "1", "--out", str(generated)]
+    assert run(folder, out, num=5) == main(words) == 0
+    (out / "000000_class0.png").unlink()
+    (generated / "00000_class1.png").unlink()
+    # As of a file of the original code that is converted anew: no weight tells these.
+    changed = {"norm_eps": 0.01, "cond_drop_rate": 0.25}
+    var = VAR(dataclasses.replace(loaded.var.config, **changed))
+    vae = VQVAE(dataclasses.replace(loaded.vae.config, quant_resi=0.25, beta=0.125))
+    for new, old in ((var, loaded.var), (vae, loaded.vae)):
+        new.load_state_dict(old.state_dict())
+    VARiant(var, vae).save_pretrained(folder)
+    capsys.readouterr()
+    changes = (
+        "other settings: configs.var.norm_eps 1e-06 -> 0.01, configs.vae.quant_resi 0.5 -> 0.25;"
+    )
+    assert run(folder, out, num=5) == 1
+    assert changes in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert changes.removesuffix(";") in error
+    for record in (out / "sample.json", generated / "generate.json"):  # of an earlier version
+        recorded = json.loads(record.read_text())
+        del recorded["configs"]
+        record.write_text(json.dumps(recorded))
+    assert run(folder, out, num=5) == 0
 
 
 CHILD = """

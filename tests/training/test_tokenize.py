@@ -37,7 +37,10 @@ from variant.errors import UserError
 from variant.files import save_safetensors
 from variant.folder_lock import saving
 from variant.models.config import to_plain
+from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.search.data import held_out
+from variant.supernet import VARiant
 from variant.training.initial_weights import find_vae, load_vae, tokenizer_sha256
 from variant.training.run_summary import RunSummary
 from variant.training.tokenize import gpu_of_environment, rank_of_environment, tokenize
@@ -292,6 +295,18 @@ def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
     )
     other = with_vae(tiny, random_vae(tmp_path / "other.safetensors", 1))
     refuse(from_tokens(other, tokens), "made by another VQ-VAE")
+    # No weight tells how the codes are compared and added up.
+    vae = dataclasses.replace(tiny.vae, quant_resi=0.25, using_znorm=True)
+    chosen = dataclasses.replace(tiny, vae=vae)
+    refuse(
+        from_tokens(chosen, tokens),
+        "vae.quant_resi must be 0.5, as in .*; got 0.25; vae.using_znorm must be False, .*True",
+    )
+    out = copied(tokens, tmp_path / "same")
+    settings = r"vae.quant_resi 0.5 -> 0.25, vae.using_znorm False -> True; give the first"
+    with pytest.raises(UserError, match=f"holds tokens of other settings: {settings}"):
+        write(chosen, out, passes=PASSES + 1)
+    assert files(out) == files(tokens)
     refuse(from_tokens(tiny, tmp_path), "holds no tokens: it has no manifest.json")
     half = copied(tokens, tmp_path / "half")
     manifest = json.loads((half / MANIFEST_NAME).read_text())
@@ -339,6 +354,20 @@ def test_a_vqvae_is_known_by_its_weights_before_the_decoder(tiny, tokens, tmp_pa
     changed(own / MANIFEST_NAME, vae_sha256=weights.sha256())
     assert write(tiny, own).samples == 0
     assert json.loads((own / MANIFEST_NAME).read_text())["vae_sha256"] == weights.sha256()
+
+
+def test_a_search_takes_tokens_of_the_model_s_vqvae_alone(tiny, tokens, tmp_path):
+    vae = load_vae(tiny, find_vae(tiny, Path()))
+    var = VAR(dataclasses.replace(tiny.var_config, class_names=("class0", "class1")))
+    images = held_out(VARiant(var, vae), str(tokens), 6)
+    pixels = open_recipe_source(tiny).held_out(range(6)).images
+    assert torch.equal(images.tokens_NL, encode_images(vae.eval(), pixels))
+    chosen = with_vae(tiny, random_vae(tmp_path / "other.safetensors", 1))
+    other = load_vae(chosen, find_vae(chosen, Path()))
+    with pytest.raises(UserError, match=r"by another VQ-VAE \(SHA-256 .*, the model's has"):
+        held_out(VARiant(var, other), str(tokens), 6)
+    # The same weights in 16 bits, as the training would load them.
+    assert tokenizer_sha256(vae.half()) == tokenizer_sha256(vae.float()) != tokenizer_sha256(other)
 
 
 def test_a_summary_of_a_recipe_counts_tokens_as_it_counts_images(tiny, tokens):

@@ -20,6 +20,7 @@ from variant.cli.output import check_apart, check_json, console, table, write_js
 from variant.cli.progress import Advance, progress
 from variant.cli.pyplot import check_plot
 from variant.cli.words import refuse_given
+from variant.data.samples import ImageSource
 from variant.data.sources import open_data
 from variant.errors import UserError
 from variant.evaluation.classifier import (
@@ -221,14 +222,20 @@ def reference_of(name: str) -> Reference:
 
 
 def _held_out(recipe: Recipe, name: str) -> ImageSet:
-    vae = recipe.vae
-    data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+    source = _source(recipe)
 
     def read(indices: range) -> Any:
-        return to_uint8(data.held_out(indices)[0]).contiguous()
+        return to_uint8(source.held_out(indices).images).contiguous()
 
-    labels = data.held_out_labels.tolist()
-    return ImageSet(f"held-out images of {name}", data.num_held_out, labels, read)
+    labels = source.data.held_out_labels.tolist()
+    return ImageSet(f"held-out images of {name}", source.num_held_out, labels, read)
+
+
+def _source(recipe: Recipe) -> ImageSource:
+    """A recipe's images, of which no more may be unreadable than ``data.max_bad`` allows."""
+    vae, section = recipe.vae, recipe.data
+    data = open_data(section, vae.image_size, vae.in_channels, recipe.seed)
+    return ImageSource(data, recipe.seed, 0.0, section.max_bad)
 
 
 def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNetwork:
@@ -255,7 +262,8 @@ def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNet
             f"eval: --features {command.features}: {name} has images of {vae.image_size} x "
             f"{vae.image_size} pixels; those that are evaluated have {size[1]} x {size[0]}"
         )
-    data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+    source = _source(recipe)
+    data = source.data
     if not is_there(path):
         if path_kind(path) is not None:
             raise UserError(
@@ -264,6 +272,7 @@ def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNet
             )
         with progress("eval", "training the classifier", STEPS, command.json) as advance:
             trained = train_classifier(data, seed=recipe.seed, report=_steps(advance))
+        source.count_bad()
         save_classifier(path, *trained)
     network, record = load_classifier(path, Path(name).stem, torch.device(command.device))
     if record.data_sha256 != data.digest():

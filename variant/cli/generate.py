@@ -39,7 +39,7 @@ from variant.engine.grid import grid
 from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.evaluation.sampler import KERNELS, compare_settings
+from variant.evaluation.sampler import CONFIGS, KERNELS, compare_settings
 from variant.folder_lock import locked_folder
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
@@ -59,6 +59,12 @@ MAX_BATCH = 256
 MAX_GRID_IMAGES = 4096
 # Images that one call of the engine gets: their labels and ids are tensors.
 IMAGES_PER_CALL = 2**16
+# Keys of the configs that no image depends on: those of the training, names, and the layers of
+# depths, which a schedule writes out.
+NOT_OF_IMAGES = (
+    *("subnets", "bridge", "cond_drop_rate", "drop_path_rate", "class_names"),
+    "beta",
+)
 # The least that a file takes on a disk.
 BLOCK_BYTES = 4096
 
@@ -433,6 +439,7 @@ class Work:
             "kv_dtype": command.kv_dtype,
             "device": engine.device.type,
             "backend": command.backend,
+            CONFIGS: configs_of(engine),
             KERNELS: kernels_of(engine, command.kv_dtype),
             "max_batch": command.max_batch,
             "software": f"variant {__version__}, torch {torch.__version__}",
@@ -461,6 +468,20 @@ class Work:
 def fingerprint(models: Engine | VARiant) -> str:
     """SHA-256 over the names and values of all weights."""
     return weights_sha256(models.var, models.vae)
+
+
+def configs_of(models: Engine | VARiant) -> dict[str, dict[str, Any]]:
+    """The values of both configs that images depend on, as JSON has them.
+
+    Weights converted anew with another ``norm_eps``, ``quant_resi`` or number of heads are the same
+    weights, and give other images.
+    """
+    configs = {"var": models.var.config.to_dict(), "vae": models.vae.config.to_dict()}
+    plain = json.loads(json.dumps(configs))
+    return {
+        part: {key: value for key, value in values.items() if key not in NOT_OF_IMAGES}
+        for part, values in plain.items()
+    }
 
 
 def weights_sha256(*modules: torch.nn.Module) -> str:

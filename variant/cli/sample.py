@@ -11,7 +11,7 @@ import torch
 
 from variant.bench.environment import commit_of_package
 from variant.cli.dtypes import DTYPES
-from variant.cli.generate import check_schedule_alone, fingerprint
+from variant.cli.generate import check_schedule_alone, configs_of, fingerprint
 from variant.cli.options import Sample
 from variant.cli.output import (
     check_apart,
@@ -29,7 +29,14 @@ from variant.cli.schedule import schedule_of
 from variant.engine.engine import Engine, kernels_of
 from variant.engine.generation import Sampling
 from variant.errors import UserError
-from variant.evaluation.sampler import KERNELS, SampleFiles, is_own_name, record_of_npz, sample
+from variant.evaluation.sampler import (
+    CONFIGS,
+    KERNELS,
+    SampleFiles,
+    is_own_name,
+    record_of_npz,
+    sample,
+)
 from variant.models.class_names import labels_of_words
 from variant.models.config import VARConfig
 from variant.models.placement import check_device
@@ -176,6 +183,7 @@ def settings_of(
         "kv_dtype": command.kv_dtype,
         "device": engine.device.type,
         "backend": command.backend,
+        CONFIGS: configs_of(engine),
         KERNELS: kernels_of(engine, command.kv_dtype),
         "files": files.form,
         "batch": command.batch,

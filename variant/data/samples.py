@@ -158,6 +158,14 @@ class ImageSource:
     def unmixed(self, indices: Indices) -> Samples:
         return self._samples(*self.data.train(indices, 0))
 
+    def count_bad(self) -> None:
+        """Count the files that could not be read by who reads ``data`` itself.
+
+        Raises:
+            UserError: more are lost than ``max_bad`` allows.
+        """
+        self.bad.add(self.data.take_bad())
+
     def _samples(self, images: Tensor, labels_B: Tensor, *mixing: Tensor) -> Samples:
         samples = Samples(images, None, labels_B, *mixing, bad=self.data.take_bad())
         return counted(samples, self.bad)

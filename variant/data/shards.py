@@ -41,6 +41,8 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_END = 2 * tarfile.RECORDSIZE  # bytes after the samples of a shard
 REMEDY = "remove it and run the same `variant tokenize` again"
 SAMPLE, HELD_OUT = "sample", "held_out"
+# Settings of a VQ-VAE that decide the tokens of its images, and that none of its weights tells.
+QUANTIZER_KEYS = ("quant_resi", "share_quant_resi", "using_znorm")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,12 @@ class Manifest:
     def num_tokens(self) -> int:
         """Tokens of one image."""
         return sum(side * side for side in self.patch_nums)
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """The :data:`QUANTIZER_KEYS` that the recipe records, with their values."""
+        vae = self.recipe.get("vae")
+        return {key: vae[key] for key in QUANTIZER_KEYS if key in vae} if type(vae) is dict else {}
 
     @property
     def dtype(self) -> np.dtype:

@@ -65,20 +65,22 @@ class TokenSource:
         self.reader = ShardReader(self.folder, manifest)
 
     def check(self, name: str, vae: VQVAEConfig) -> None:
-        """Raises: UserError, if the tokens are not of a VQ-VAE with this recipe's sizes."""
+        """Raises: UserError, if the tokens are not of a VQ-VAE with these sizes and settings."""
+        manifest = self.manifest
+        sizes = {"patch_nums": manifest.patch_nums, "vocab_size": manifest.vocab_size}
         wrong = [
-            f"vae.{key} must be {theirs}, as in {shown(self.folder)}; got {own}"
-            for key in ("patch_nums", "vocab_size")
-            if (own := getattr(vae, key)) != (theirs := getattr(self.manifest, key))
+            f"vae.{key} must be {theirs!s:.100}, as in {shown(self.folder)}; got {own}"
+            for key, theirs in {**sizes, **manifest.quantizer}.items()
+            if (own := getattr(vae, key)) != theirs
         ]
         if wrong:
             raise UserError(f"{name}: {'; '.join(wrong)}")
 
-    def refuse_vae(self, sha256: str) -> None:
-        """Raises: UserError: the tokens are of another VQ-VAE than that of this SHA-256."""
+    def refuse_vae(self, sha256: str, owner: str = "recipe") -> None:
+        """Raises: UserError: the tokens are of another VQ-VAE than the owner's, of this SHA-256."""
         raise UserError(
             f"{shown(self.folder)}: its tokens were made by another VQ-VAE (SHA-256 "
-            f"{self.manifest.vae_sha256[:12]}..., the recipe's has {sha256[:12]}...); run "
+            f"{self.manifest.vae_sha256[:12]}..., the {owner}'s has {sha256[:12]}...); run "
             "`variant tokenize` with this one into another folder"
         )
 

@@ -50,7 +50,9 @@ PART = 500  # images of a shard and of a part
 TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_class-?\d+)?\.(?:png|tar|npy)\.\d+\.tmp")
 OWN = re.compile(r"\d{6,}_class-?\d+\.png|part-\d{5,}\.tar")
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-KERNELS = "kernels"  # the backend of each op; records of earlier versions do not have it
+# The backend of each op, and what the models' configs say besides the weights.
+KERNELS, CONFIGS = "kernels", "configs"
+NEWER = (KERNELS, CONFIGS)  # records of earlier versions do not have them
 # Settings in which a run may be continued with another value.
 FREE = ("software", "commit", "dirty")
 FREE_IN_FLOAT32 = (*FREE, "batch")
@@ -348,7 +350,7 @@ def compare_settings(
     compared = {
         key: value
         for key, value in settings.items()
-        if key not in free and not (key == KERNELS and key not in recorded)
+        if key not in free and not (key in NEWER and key not in recorded)
     }
     before = {key: recorded[key] for key in compared if key in recorded}
     changes = change_texts(differences(before, compared))

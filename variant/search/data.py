@@ -24,6 +24,7 @@ from variant.data.token_source import TokenSource
 from variant.errors import UserError
 from variant.paths import path_kind, shown
 from variant.supernet import VARiant
+from variant.training.initial_weights import tokenizer_sha256
 from variant.training.recipe import load_recipe
 from variant_kernels.wording import counted
 
@@ -58,8 +59,8 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
     Warns:
         RuntimeWarning: its classes have other names than the model's, or another order.
     Raises:
-        UserError: no such data, of other classes or sizes than the model's, or fewer than two
-            images.
+        UserError: no such data, of other classes or sizes than the model's, tokens of another
+            VQ-VAE, or fewer than two images.
     """
     source = _open(model, data)
     config = model.var.config
@@ -131,4 +132,7 @@ def _open(model: VARiant, data: str) -> Source:
     )
     if isinstance(source, TokenSource):
         source.check(shown(data), vae)
+        sha256 = tokenizer_sha256(model.vae)
+        if source.manifest.vae_sha256 != sha256:  # tokens that mean other images to this model
+            source.refuse_vae(sha256, "model")
     return source

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from variant.checkpoints.config_file import CONFIG_NAME, configs_in, read_config
@@ -245,8 +246,10 @@ def tokenizer_sha256(vae: VQVAE) -> str:
     sha256 = hashlib.sha256()
     for name, weight in sorted(vae.named_parameters()):
         if not name.startswith(AFTER_TOKENS):
+            # As a training loads them, whatever the dtype of the model; numpy has no bfloat16.
+            weight = weight.detach().to("cpu", torch.float32).contiguous()
             sha256.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-            sha256.update(weight.detach().cpu().contiguous().numpy().tobytes())
+            sha256.update(weight.numpy().tobytes())
     return sha256.hexdigest()
 
 

@@ -267,7 +267,8 @@ def _compared(manifest: Manifest) -> dict[str, Any]:
     """What must be equal in all processes of a run and in its continuations."""
     free = ("passes", "recipe", "shards", "stamps")
     names = (field.name for field in dataclasses.fields(manifest))
-    return {name: getattr(manifest, name) for name in names if name not in free}
+    values = {name: getattr(manifest, name) for name in names if name not in free}
+    return {**values, "vae": manifest.quantizer}
 
 
 def _finish(out: Path, wanted: Manifest, rank: int, bad: BadItems) -> int:

@@ -310,6 +310,7 @@ def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
         out = lossy(console or Console())
         out.print(f"vae: training the classifier of the perceptual loss, {counted(steps, 'step')}")
         trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
+        source.count_bad()
         save_classifier(path, *trained)
         found = read_classifier(path)
     classifier, record = found
