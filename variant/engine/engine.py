@@ -221,8 +221,7 @@ class Engine(CastModels):
 
         Args:
             labels_B: (B,) int64.  tokens_BL: (B, L) int64.
-            cfg: where it is above 0, unconditional sequences run too, as in that generation; they
-                can only change the last bits.
+            cfg: above 0 unconditional sequences run too, which can only change the last bits.
             depth, bridge, max_batch, kv_dtype: as in ``generate``.
         Returns:
             (B, L) float32.
