@@ -96,7 +96,8 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
         A layout of scales (1, tokens), or None; None too for a mask without values, or
         from which derivatives are wanted.
     """
-    if bias.requires_grad:
+    # A lazily negated view has the address of the mask, and the other sign.
+    if bias.requires_grad or bias.is_neg():
         return None
     return _cached_layout(bias)
 

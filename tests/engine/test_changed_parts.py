@@ -432,6 +432,24 @@ def test_several_numbers_in_the_place_of_a_setting_are_seen(value):
     images(model)
 
 
+@pytest.mark.parametrize("value", [torch.tensor(0.5), torch.full((2,), 0.5), "large"])
+def test_a_softmax_scale_that_is_no_number_is_refused_by_name(value):
+    """A tensor may be changed in place, which an engine would not see."""
+    model = small_model(zone_weights="copies")
+    images(model)
+    for part, where in (
+        (model.var.blocks[1].attn, r"blocks\[1\]"),
+        (model.var.blocks[3].zones["2"].attn, r"blocks\[3\]\.zones\[2\]"),
+    ):
+        part.softmax_scale, own = value, part.softmax_scale
+        for _ in range(2):
+            message = rf"Engine: var\.{where}\.attn\.softmax_scale must be one number"
+            with pytest.raises(TypeError, match=message):
+                images(model)
+        part.softmax_scale = own
+    images(model)
+
+
 @pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
 def test_hooks_that_only_look_on_are_no_obstacle_and_others_are_refused(options):
     model = small_model()

@@ -125,3 +125,18 @@ def test_the_bytes_of_zone_weights_are_counted_when_their_depth_runs():
         assert stats.zone_weight_bytes == planned, kind
         assert (planned > 0) == (kind == "lora")
         assert list(engine._weights()._zones) == [3]
+
+
+def test_copies_with_a_softmax_scale_of_their_own_use_it():
+    model = zone_model("copies", attn_l2_norm=False)
+    x_teacher, tokens_BL = teacher_input(model)
+    before = model.var(LABELS, x_teacher, model.var.schedule(2, 1))
+    for block in model.var.layers():
+        for zone in block.zones.values():
+            zone.attn.softmax_scale *= 8
+    expected = model.var(LABELS, x_teacher, model.var.schedule(2, 1))
+    assert not torch.allclose(expected[:, 1:], before[:, 1:], atol=1e-2)
+    assert torch.equal(expected[:, :1], before[:, :1])
+    engine = Engine(model.var, model.vae)
+    logits_BLV = engine.forced_logits(LABELS, tokens_BL, depth=2, bridge=1)
+    torch.testing.assert_close(logits_BLV, expected, atol=1e-4, rtol=1e-4)

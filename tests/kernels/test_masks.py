@@ -53,3 +53,9 @@ def test_threads_that_look_at_masks_of_their_own_do_not_disturb_each_other(
         thread.join()
     assert errors == []
     assert len(masks._cached_layouts) <= 8  # those that the threads added last
+
+
+def test_a_lazily_negated_mask_is_no_mask():
+    causal_LL = torch.full((4, 4), -torch.inf).triu(1)
+    assert masks.block_causal_layout(causal_LL) is not None
+    assert masks.block_causal_layout(torch._neg_view(causal_LL)) is None

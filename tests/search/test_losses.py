@@ -57,6 +57,21 @@ def test_the_sum_over_prefixes_is_the_loss_of_the_forward_pass(make, cache_bytes
         assert loss_of(losses, schedule) == pytest.approx(expected, abs=2e-5)
 
 
+def test_settings_of_single_layers_count():
+    model = zone_model("copies", attn_l2_norm=False)
+    before = model.var.blocks[3].norm_eps
+    for block in model.var.blocks:
+        block.norm_eps = 0.5
+        for zone in block.zones.values():
+            zone.attn.softmax_scale *= 8
+    assert model.var.config.norm_eps == before != 0.5
+    labels_N, tokens_NL = images_of(model)
+    losses = ForcedLosses(model.var, model.vae, labels_N, tokens_NL)
+    for schedule in list(SPACE.schedules())[::9]:
+        expected = reference(model, labels_N, tokens_NL, schedule)
+        assert loss_of(losses, schedule) == pytest.approx(expected, abs=2e-5)
+
+
 def test_the_loss_is_that_of_the_head_with_its_hooks():
     model = small_model()
     model.var.head.register_forward_hook(lambda *args: args[-1] / 3)

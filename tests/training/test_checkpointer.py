@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from variant.errors import UserError
+from variant.paths import file_sha256
 from variant.training.checkpointer import Checkpointer
 from variant.training.run_state import RunState
 
@@ -106,3 +107,27 @@ def test_a_checkpoint_of_another_kind_is_refused(checkpointer, state):
     checkpointer.last.rename(checkpointer.last.with_name("var-last.pt"))
     with pytest.raises(UserError, match=r'must be "variant-train-3" and "var"; got .* and \'vae\''):
         Checkpointer(checkpointer.last.parent, "var").read()
+
+
+def write_again(checkpointer, state):
+    train_step(state)
+    checkpointer.save_best(state)
+    checkpointer.save(state, recipe={"seed": 0}, inputs={"num_train": 4}, total_steps=9)
+
+
+def test_an_older_checkpoint_has_the_best_weights_that_it_records(checkpointer, state, tmp_path):
+    resumed = Checkpointer(tmp_path, "vae", keep=2)
+    resumed.restore(state, resumed.read())
+    write_again(resumed, state)
+    older = tmp_path / "vae-step-00000003.pt"
+    assert resumed.read_from(older)["best_sha256"] == file_sha256(resumed.files.best_of(older))
+    # As of a run that was killed before newer best weights of a folder were in place.
+    recorded = resumed.read()["best_sha256"]
+    resumed.save_best(state)
+    train_step(state)
+    resumed.save_best(state)
+    resumed.check_best({"best_sha256": resumed.best_sha256})
+    assert file_sha256(resumed.best) != recorded
+    write_again(resumed, state)
+    assert not (tmp_path / "vae-step-00000004.pt").exists()
+    assert resumed.path == resumed.last

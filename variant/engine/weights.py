@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from variant.models.parts import check_parts, has_method_of
 from variant.models.var import VAR, Block, HeadNorm, SelfAttention, projection
 from variant.models.vqvae import VQVAE
 from variant.models.zones import LINEARS, LayerView
+from variant_kernels.arguments import typed
 from variant_kernels.integrations.alterations import is_equal, is_setting, readable
 from variant_kernels.tensors import Memory, version_of
 
@@ -287,12 +288,23 @@ def _check_settings(var: VAR) -> None:
     for path, part in var.named_modules():
         if not isinstance(part, Block | SelfAttention | HeadNorm):
             continue  # what the engine calls has settings of its own
+        if isinstance(part, SelfAttention):
+            _check_softmax_scale(path, part.softmax_scale)
         for name, found in vars(part).items():
             if name in settings and not is_equal(found, settings[name]):
                 raise ValueError(
                     f"Engine: var.{readable(path)}.{name} must be {settings[name]}, that of "
                     f"var.config, which the engine reads; got {found}. Change both"
                 )
+
+
+def _check_softmax_scale(path: str, found: object) -> None:
+    """Raises: TypeError, if it is a tensor: a change of its value in place would not be seen."""
+    if isinstance(found, Tensor) or not isinstance(found, SupportsFloat):
+        raise TypeError(
+            f"Engine: var.{readable(path)}.softmax_scale must be one number, the factor on the "
+            f"scores of all heads; got {typed(found)}. Give a float"
+        )
 
 
 def on_gpu(weight: Tensor) -> bool:

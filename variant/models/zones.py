@@ -241,8 +241,13 @@ def _run_spans(
 def _attend(views: Sequence[LayerView], layout: ScaleLayout, *spans: Tensor) -> tuple[Tensor, ...]:
     """Self-attention over all spans; (B, T, C) each, before and after."""
     qkv = [view.qkv(h_BTC) for view, h_BTC in zip(views, spans, strict=True)]
+    softmax_scale, *others = (view.attn.softmax_scale for view in views)
+    if any(scale != softmax_scale for scale in others):  # copies of weights may have their own
+        qkv = [
+            (q * view.attn.softmax_scale, k, v) for view, (q, k, v) in zip(views, qkv, strict=True)
+        ]
+        softmax_scale = 1.0
     q_BLHD, k_BLHD, v_BLHD = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))
-    softmax_scale = views[0].attn.softmax_scale
     y_BLHD = block_causal_attention(q_BLHD, k_BLHD, v_BLHD, layout, softmax_scale=softmax_scale)
     parts = y_BLHD.flatten(2).split([h_BTC.shape[1] for h_BTC in spans], dim=1)
     return tuple(view.project("proj", part) for view, part in zip(views, parts, strict=True))

@@ -197,7 +197,7 @@ class ForcedLosses:
                 streams.append(x_BTC)
             view = LayerView(self.var.layers()[layer], zone)
             gate1, gate2, scale1, scale2, shift1, shift2 = self._modulation(part, view, zone, layer)
-            eps = self.var.config.norm_eps
+            eps = view.block.norm_eps
             h_BTC = adaln_modulate(x_BTC, scale1, shift1, eps=eps)
             q_BHTD, k_BHTD, v_BHTD = (x_BTHD.transpose(1, 2) for x_BTHD in view.qkv(h_BTC))
             # Views would keep q alive as well.

@@ -87,18 +87,27 @@ class CheckpointFiles:
             return checkpoint / BEST_NAME
         return checkpoint.with_name(f"{checkpoint.stem}{BEST_SUFFIX}")
 
-    def archive_last(self) -> None:
+    def archive_last(self, best_sha256: str | None) -> None:
         """Give ``last``, if there is one, the name of an older checkpoint too, with its best.
 
+        Not where the best weights are others than it records: a run that was killed between a newer
+        folder and the renaming of the best weights leaves such a pair, and nobody could resume from
+        it.
+
+        Args:
+            best_sha256: of the file ``best``; None where there are no best weights.
         Raises:
             OSError: the folder cannot be written.
         """
         try:
-            step = stored_pickle(self.last)["step"]
+            saved = stored_pickle(self.last)
+            step, recorded = saved["step"], saved["best_sha256"]
         except (KeyError, UserError):  # none, or a damaged one, which nobody could resume from
             return
+        if recorded != best_sha256:
+            return
         name = self.path_of(step).with_suffix(".pt")
-        if self.best.exists():
+        if recorded is not None:
             link(self.best, self.best_of(name))
         link(self.last, name)
 

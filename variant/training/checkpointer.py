@@ -70,6 +70,7 @@ class Checkpointer:
             self.files.next_best,
         )
         self.best_sha256: str | None = None
+        self._in_place: str | None = None  # SHA-256 of the file ``best``
         self._writer = FolderWriter() if shared else None
         self._error: UserError | None = None  # of a checkpoint in the background
 
@@ -178,7 +179,7 @@ class Checkpointer:
             torch.save(contents, temporary)
             append_checksum(temporary)
             if self.keep > 1:
-                self.files.archive_last()
+                self.files.archive_last(self._in_place)
         self._keep_next_best()
         self.files.remove_older(self.keep - 1)
 
@@ -187,7 +188,7 @@ class Checkpointer:
 
         def finish() -> None:
             if self.keep > 1:
-                self.files.archive_last()
+                self.files.archive_last(self._in_place)
             with suppress(FileNotFoundError):
                 self.last.unlink()
             self._keep_next_best()
@@ -283,7 +284,7 @@ class Checkpointer:
         Raises:
             UserError: they are missing, or not those that the checkpoint records.
         """
-        self.best_sha256 = saved.get("best_sha256")
+        self.best_sha256, self._in_place = saved.get("best_sha256"), None
         if self.next_best.is_file():
             if file_sha256(self.next_best) == self.best_sha256:  # killed before it was renamed
                 self._keep_next_best()
@@ -301,6 +302,7 @@ class Checkpointer:
                 f"{self.best}: is missing or damaged: it is not the file whose SHA-256 "
                 f"{self.path.name} records"
             )
+        self._in_place = self.best_sha256
 
     def save_best(self, state: RunState, *, averaged: bool = False) -> None:
         """Write the present weights as the best ones; :meth:`save` puts them in place.
@@ -328,6 +330,7 @@ class Checkpointer:
         try:
             if self.next_best.exists():
                 os.replace(self.next_best, self.best)
+                self._in_place = self.best_sha256
         except OSError as error:
             raise UserError(f"{self.best}: cannot be written: {error.strerror or error}") from error
 
