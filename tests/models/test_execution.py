@@ -328,3 +328,22 @@ def test_what_is_not_the_gelu_s_result_is_kept_for_the_backward_pass(layer):
 
     for ours, kept in zip(gradients(), gradients(keep_all=True), strict=True):
         torch.testing.assert_close(ours, kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", ["attention", "full"])
+@pytest.mark.parametrize("zone_weights", ["shared", "copies"])
+def test_what_is_computed_again_drops_what_was_dropped(zone_weights, checkpointing):
+    own = {} if zone_weights == "shared" else {"subnets": {2: (0, 2)}, "zone_weights": "copies"}
+    var = small_var(2 if zone_weights == "shared" else 3, **own)
+    for part in [m for m in var.modules() if hasattr(m, "proj")]:
+        part.proj = nn.Sequential(nn.Dropout(0.5), part.proj)
+    schedule = None if zone_weights == "shared" else var.schedule(2)
+    results = []
+    for execution in (Execution(), Execution(checkpointing)):
+        torch.manual_seed(3)
+        results.append(loss_and_gradients(var, schedule, execution=execution))
+        results[-1] = *results[-1], torch.get_rng_state()
+    (loss, grads, state), (again, found, state_after) = results
+    torch.testing.assert_close(again.mean, loss.mean)
+    torch.testing.assert_close(found, grads)
+    assert torch.equal(state_after, state), "the backward pass must draw nothing"

@@ -42,9 +42,10 @@ PLAIN = Execution()
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)``; the backward pass calls it again instead of keeping what it needs.
 
-    The function must draw no random numbers: the generators' states are not restored.
+    Ours draws no random numbers, but a dropout in the place of a part or in a hook does: with
+    others in the backward pass the gradients would be of another network.
     """
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=True)
 
 
 @contextmanager
