@@ -59,6 +59,8 @@ def layout_of(bias: Tensor) -> ScaleLayout | None:
         bias = bias[0]
     if bias.ndim != 2 or bias.shape[0] != bias.shape[1] or bias.shape[0] == 0:
         return None
+    if bias.dtype != torch.bool and not bias.is_floating_point():
+        return None  # no mask that torch's attention takes
     bias = bias.detach()
     visible_LL = bias if bias.dtype == torch.bool else bias == 0
     ends_L = visible_LL.sum(1)
