@@ -104,8 +104,10 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
 
 
 def _has_values(bias: Tensor) -> bool:
-    """Whether the content can be read: not on meta, of fake tensors, as in torch.export, nor what
-    torch.func's transforms take or make."""
+    """Whether the content can be read: not on meta, of fake tensors, as in torch.export, where
+    torch.jit traces, nor what torch.func's transforms take or make."""
+    if torch._C._get_tracing_state() is not None:
+        return False  # a trace holds for any mask
     if bias.is_meta or is_functorch_wrapped_tensor(bias) or is_legacy_batchedtensor(bias):
         return False
     if type(bias) in (Tensor, torch.nn.Parameter) and _len_torch_dispatch_stack() == 0:
