@@ -168,6 +168,10 @@ def _var_settings(var: Any) -> dict[str, Any]:
         UserError: the layers differ, or have a setting that we do not have.
     """
     norms = [block.ln_wo_grad for block in var.blocks] + [var.head_nm.ln_wo_grad]
+    for norm in norms:
+        for name in ("weight", "bias"):
+            if getattr(norm, name, None) is not None:
+                raise UserError(f"accelerate: var: layer norms must have no {name}; set it to None")
     attentions = [block.attn for block in var.blocks]
     for attn in attentions:
         scale = 1 if attn.attn_l2_norm else 0.25 / math.sqrt(attn.head_dim)

@@ -62,6 +62,7 @@ class LiveWeights:
             assert source is not None
             where = f"{name}.{readable(path)}".removesuffix(".")
             shapes = {n: p.shape for n, p in module._parameters.items() if p is not None}
+            shapes |= {n: p.shape for n, p in source._parameters.items() if p is not None}
             self._shapes.append((where, source, shapes))
             for child in module._modules:
                 inner = source._modules.get(child)
@@ -88,6 +89,9 @@ class LiveWeights:
                 raise self._changed(f"{where} is another module now")
         device = None
         for where, module, shapes in self._shapes:
+            for name, tensor in module._parameters.items():
+                if tensor is not None and name not in shapes:
+                    raise self._changed(f"{where}.{name} is a parameter now")
             for name, shape in shapes.items():
                 tensor = module._parameters.get(name)
                 if tensor is None:

@@ -141,7 +141,7 @@ class AttentionForward(nn.Module):
         if attn_bias is not None:
             if attn_bias.ndim < 2:  # torch's attention takes none of these
                 attn_bias = attn_bias[(None,) * (2 - attn_bias.ndim)]
-            if attn_bias.dtype != torch.bool:
+            if attn_bias.is_floating_point():  # torch refuses integers by name
                 attn_bias = attn_bias.to(q_BTHD.dtype)
         out_BHTD = F.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2),

@@ -59,6 +59,8 @@ def layout_of(bias: Tensor) -> ScaleLayout | None:
         bias = bias[0]
     if bias.ndim != 2 or bias.shape[0] != bias.shape[1] or bias.shape[0] == 0:
         return None
+    if bias.dtype != torch.bool and not bias.is_floating_point():
+        return None  # no mask that torch's attention takes
     bias = bias.detach()
     visible_LL = bias if bias.dtype == torch.bool else bias == 0
     ends_L = visible_LL.sum(1)
@@ -103,8 +105,10 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
 
 
 def _has_values(bias: Tensor) -> bool:
-    """Whether the content can be read: not on meta, of fake tensors, as in torch.export, nor what
-    torch.func's transforms take or make."""
+    """Whether the content can be read: not on meta, of fake tensors, as in torch.export, where
+    torch.jit traces, nor what torch.func's transforms take or make."""
+    if torch._C._get_tracing_state() is not None:
+        return False  # a trace holds for any mask
     if bias.is_meta or is_functorch_wrapped_tensor(bias) or is_legacy_batchedtensor(bias):
         return False
     if type(bias) in (Tensor, torch.nn.Parameter) and _len_torch_dispatch_stack() == 0:

@@ -25,7 +25,7 @@ def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
             op see its arguments, not the copies that are made of them.
     """
     *strides, last = x.stride()
-    if last != 1 and x.shape[-1] > 1:
+    if last != 1 and x.shape[-1] > 1 and x.numel() > 0:  # contiguous() copies no empty tensor
         raise ValueError(
             f"address_and_strides: x must have a contiguous last dimension; got shape "
             f"{tuple(x.shape)} and strides {x.stride()}. Call .contiguous()"

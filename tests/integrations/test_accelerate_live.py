@@ -464,6 +464,14 @@ def other_eps(model, vae):
         norm.eps = 1e-2
 
 
+def weights_of_a_norm(model, vae):
+    model.head_nm.ln_wo_grad.weight = nn.Parameter(torch.full((64,), 2.0))
+
+
+def bias_of_a_block(model, vae):
+    model.blocks[1].attn.mat_qkv.bias = nn.Parameter(torch.ones(192))
+
+
 def other_codebook(model, vae):
     vae.quantize.embedding = nn.Embedding(24, 8)
 
@@ -478,6 +486,8 @@ def other_codebook(model, vae):
         (other_shape, r"var\.head\.weight has shape \(24, 32\) now, not \(24, 64\)"),
         (other_setting, "vae: using_znorm is True now, not False"),
         (other_eps, "var: norm_eps is 0.01 now, not 1e-06"),
+        (weights_of_a_norm, "var: layer norms must have no weight"),
+        (bias_of_a_block, r"var\.blocks\[1\]\.attn\.mat_qkv\.bias is a parameter now"),
         (other_codebook, r"vae\.quantize\.embedding is another module now"),
     ],
 )

@@ -526,3 +526,13 @@ def test_a_bias_of_few_axes_is_broadcast(bias, caching):
         ours.kv_caching(caching)
         results.append(ours(x, each))
     assert torch.equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_of_torch_jit_holds_for_another_mask():
+    _, ours = pair()
+    x, mask = torch.randn(1, LAYOUT.total, 64), causal()
+    ours.requires_grad_(False)
+    trace = torch.jit.trace(ours, (x, mask))
+    for other in (mask, torch.zeros_like(mask)):
+        close(trace(2 * x, other), ours(2 * x, other))

@@ -241,6 +241,9 @@ def test_ways_to_generate_that_pages_cannot_serve_are_refused():
         attention.kv_caching(True)
         with pytest.raises(PatchError, match="need unpatch"):
             attention(torch.zeros(1, 1, 64), torch.zeros(1, 1, 1, 1), None, SQUARE, {})
+        block = model.unregistered_blocks[0]
+        with pytest.raises(PatchError, match="must get scale_schedule"):
+            block(torch.zeros(1, 1, 64), torch.zeros(1, 1, 6, 64), torch.zeros(1, 3, 64), None)
         attention.kv_caching(False)
         with pytest.raises(ValueError, match="no rotation for the scales"):
             paint(model, [(1, 1, 1), (1, 5, 5)])

@@ -117,6 +117,79 @@ def test_a_condition_changed_in_place_is_seen():
             assert (last_scale(model) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("who", ["caller", "hook", "hook of a block"])
+def test_a_shared_projection_changed_in_place_is_made_anew(who):
+    model = lookalike(shared_aln=True)
+    if who == "hook":
+        model.shared_ada_lin.register_forward_hook(lambda *call: call[2].mul_(0.5))
+    elif who == "hook of a block":
+        model.blocks[0].register_forward_pre_hook(
+            lambda block, args, kwargs: (args, {**kwargs, "cond_BD": kwargs["cond_BD"].mul_(0.5)}),
+            with_kwargs=True,
+        )
+    else:
+        project, shared = model.shared_ada_lin, nn.Module()
+        shared.forward = lambda cond_BD: project(cond_BD).mul_(0.5)
+        model.project, model.shared_ada_lin = project, shared
+    expected = paint(model)
+    if who == "caller":
+        model.shared_ada_lin = project
+    with patch(model):
+        if who == "caller":
+            model.shared_ada_lin = shared
+        tokens, logits = paint(model)
+    assert torch.equal(tokens, expected[0])
+    assert (logits - expected[1]).abs().max() < 1e-4 * expected[1].abs().max()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_torch_broadcasts_and_any_stride_run_as_before(shared):
+    generator = torch.Generator().manual_seed(0)
+    cond_BC, x_BTC = (torch.randn(s, generator=generator) for s in ((3, 64), (3, 4, 64)))
+    calls = {
+        "one condition": (x_BTC, cond_BC[:1]),
+        "one row of tokens": (x_BTC[:1], cond_BC),
+        "another axis": (x_BTC, cond_BC.unsqueeze(1)),
+        "strided channels": (x_BTC.mT.contiguous().mT, cond_BC),
+        "one channel": (x_BTC[..., :1].expand(3, 4, 64), cond_BC),
+    }
+
+    def run(model):
+        return {name: run_scale(model, *call) for name, call in calls.items()}
+
+    def run_scale(model, x, cond):
+        for block in model.blocks:
+            block.attn.kv_caching(True)
+        for block in model.blocks:
+            x = block(x=x, cond_BD=model.shared_ada_lin(cond), attn_bias=None)
+        hidden = model.head_nm(x, cond)
+        for block in model.blocks:
+            block.attn.kv_caching(False)
+        return hidden
+
+    model = lookalike(shared_aln=shared, sides=(2, 3))
+    with torch.no_grad():
+        expected = run(model)
+        with patch(model):
+            for name, hidden in run(model).items():
+                assert hidden.shape == expected[name].shape, name
+                difference = (hidden - expected[name]).abs().max()
+                assert difference < 1e-4 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("seen", ["all", "earlier scales"])
+def test_a_mask_of_integers_is_refused_as_before(seen):
+    model = lookalike()
+    mask = torch.zeros(30, 30, dtype=torch.int64)
+    if seen == "earlier scales":
+        mask[:1, 1:] = -1
+    call = torch.zeros(2, 30, 64), torch.zeros(2, 64), mask
+    with pytest.raises(RuntimeError, match="attn_mask dtype"):
+        model.blocks[0](*call)
+    with patch(model), pytest.raises(RuntimeError, match="attn_mask dtype"):
+        model.blocks[0](*call)
+
+
 def hand_made(model, schedule):
     """``paint`` of the unpatched model, with blocks that return their input where inactive."""
     model.requires_grad_(False)

@@ -104,3 +104,14 @@ def test_wrong_arguments_are_named():
         qk_norm(q, q[:, :4], scale)
     with pytest.raises(TypeError, match="k_BTHD must have the dtype of q_BTHD"):
         qk_norm(q, q.bfloat16(), scale)
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS, ids=name_of)
+def test_an_empty_batch_has_gradients_from_gradients_of_any_stride(backend):
+    q, k = (torch.zeros(0, 5, 2, 32, requires_grad=True) for _ in range(2))
+    scale_mul = torch.zeros(1, 2, 1, 1, requires_grad=True)
+    outputs = qk_norm(*moved(q, k, scale_mul), backend=backend)
+    like = torch.zeros(()).to(outputs[0].device)
+    torch.autograd.backward(outputs, [like.expand(o.shape) for o in outputs])
+    assert q.grad.shape == k.grad.shape == q.shape
+    assert scale_mul.grad.abs().max() == 0

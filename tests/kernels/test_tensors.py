@@ -119,3 +119,9 @@ def test_an_address_is_given_for_a_contiguous_last_dimension_alone():
     assert tensors.address_and_strides(x[..., ::2]) == (x.data_ptr(), 6, 2)  # one element
     with pytest.raises(ValueError, match=r"^address_and_strides: .*strides \(6, 1, 2\)"):
         tensors.address_and_strides(x.transpose(1, 2))
+
+
+def test_a_tensor_without_elements_may_have_any_strides():
+    x = torch.zeros(1).expand(0, 3, 2)
+    assert tensors.last_contiguous(x).stride() == (0, 0, 0)  # torch copies none
+    assert tensors.address_and_strides(x) == (x.data_ptr(), 0, 0)

@@ -52,9 +52,18 @@ class InfinityRuntime(VARRuntime):
         super().__init__(layout, layers)
         self.num_scales = None
 
-    def use(self, scale_schedule: Scales) -> None:
-        """Set the scales of the current generation; only its first call has an effect."""
+    def use(self, scale_schedule: Scales | None) -> None:
+        """Set the scales of the current generation; only its first call has an effect.
+
+        Raises:
+            PatchError: there are none.
+        """
         if self.seen == 0:
+            if scale_schedule is None:
+                raise PatchError(
+                    "patch: while Infinity generates, blocks must get scale_schedule; other ways "
+                    "to generate need unpatch()"
+                )
             self.layout = layout_of_scales(scale_schedule)
 
 
@@ -164,7 +173,7 @@ class InfinityBlock(Patched, nn.Module):
         else:
             call_args = dict(zip(BLOCK_ARGUMENTS[1:], arguments, strict=False)) | options
             if self.patch_layer == 0:
-                runtime.use(call_args["scale_schedule"])
+                runtime.use(call_args.get("scale_schedule"))
             if runtime.tokens_for(self.patch_layer, x.shape[1]) == 0:
                 return x
         return super().forward(x, *arguments, **options)

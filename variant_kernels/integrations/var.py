@@ -26,7 +26,7 @@ from variant_kernels.integrations.alterations import (
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.cast_once import CastOnceLinear, autocast_dtype, without_autocast
 from variant_kernels.integrations.runtime import Runtime, can_cast_once
-from variant_kernels.integrations.var_generation import LayerPages, Layers, VARRuntime
+from variant_kernels.integrations.var_generation import LayerPages, Layers, VARRuntime, version_of
 from variant_kernels.kv_cache import KVStore
 from variant_kernels.masks import layout_of
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
@@ -99,7 +99,12 @@ class PatchedBlock(Patched, nn.Module):
 
     def _run(self, x_BTC: Tensor, cond: Tensor, attn_bias: Tensor | None) -> Tensor:
         # In training there are dropout and stochastic depth.
-        if self.training or torch.is_grad_enabled() or not self._may_pass_by_parts():
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or not row_by_row(x_BTC, cond, 4 if self.shared_aln else 2)
+            or not self._may_pass_by_parts()
+        ):
             return self._original(x_BTC, cond, attn_bias)
         gate1, gate2, scale1, scale2, shift1, shift2 = self.patch_state.runtime.hoisted(
             id(self), cond, lambda: self._modulation(x_BTC, cond)
@@ -140,7 +145,12 @@ class PatchedHeadNorm(Patched, nn.Module):
 
     def forward(self, x_BLC: Tensor, cond_BD: Tensor) -> Tensor:
         runtime: VARRuntime = self.patch_state.runtime
-        if not runtime.generating or torch.is_grad_enabled() or not self._may_pass_by_parts():
+        if (
+            not runtime.generating
+            or torch.is_grad_enabled()
+            or not row_by_row(x_BLC, cond_BD, 2)
+            or not self._may_pass_by_parts()
+        ):
             return super().forward(x_BLC, cond_BD)
         scale, shift = runtime.hoisted(
             id(self),
@@ -158,16 +168,47 @@ class PatchedHeadNorm(Patched, nn.Module):
 
 
 class PatchedSharedProjection(Patched, nn.Module):
-    """``shared_ada_lin``, computed once per generation; at each call where a part has hooks."""
+    """``shared_ada_lin``, computed once per generation.
+
+    It is computed at each call where it or a part has hooks, which may change it in place, and
+    where somebody did change it in place.
+    """
 
     def forward(self, cond_BD: Tensor) -> Tensor:
         runtime: VARRuntime = self.patch_state.runtime
-        if not runtime.generating or torch.is_grad_enabled() or not none_altered(self):
+        if (
+            not runtime.generating
+            or torch.is_grad_enabled()
+            or is_altered(self)
+            or not none_altered(self)
+        ):
             return super().forward(cond_BD)
-        return runtime.hoisted(id(self), cond_BD, lambda: self._original(cond_BD))
+        shared_B16C, version = runtime.hoisted(
+            id(self), cond_BD, lambda: with_version(self._original(cond_BD))
+        )
+        unchanged = version == version_of(shared_B16C)
+        return shared_B16C if unchanged else self._original(cond_BD)
 
     def _original(self, cond_BD: Tensor) -> Tensor:
         return super().forward(cond_BD)
+
+
+def with_version(tensor: Tensor) -> tuple[Tensor, int | None]:
+    """A tensor and the version that it has now."""
+    return tensor, version_of(tensor)
+
+
+def row_by_row(x_BTC: Tensor, cond: Tensor, axes: int) -> bool:
+    """Whether the kernels take these tokens and their condition.
+
+    The original forward also takes what torch broadcasts, as one condition for all rows, and tokens
+    of any stride.
+
+    Args:
+        axes: of a condition that has one row for each row of tokens.
+    """
+    same = cond.ndim == axes and x_BTC.ndim == 3 and cond.shape[0] == x_BTC.shape[0]
+    return same and x_BTC.stride(-1) == 1
 
 
 def split_modulation(modulation_BNC: Tensor, x: Tensor) -> Modulation:

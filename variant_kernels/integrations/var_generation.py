@@ -214,12 +214,17 @@ class VARRuntime(Runtime):
         It is reused for the same tensor ``cond`` with the same version. Inference tensors have no
         version: they are assumed not to change.
         """
-        version = None if cond.is_inference() else cond._version, autocast_dtype(cond.device)
+        version = version_of(cond), autocast_dtype(cond.device)
         entry = self._hoisted.get(key)
         if entry is None or entry[0] is not cond or entry[1] != version:
             entry = cond, version, compute()
             self._hoisted[key] = entry
         return entry[2]
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """What changes with each change in place; None of an inference tensor."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class LayerPages(KVStore):
