@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import signal
+import warnings
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -72,12 +73,27 @@ def in_mode(recipe, mode, **changes):
     return dataclasses.replace(recipe, parallel=ParallelSection(mode), **changes)
 
 
-def train_on_two(jobs, folder, ends=(0, 0)):
+def hangs_in_gloo(error):
+    """Whether both ranks have waited until their time was over, and for one collective of FSDP2.
+
+    Seen twice in some forty runs of all tests, never in a hundred of these files: both ranks are in
+    ``wait_tensor`` of the same all-gather, below ``DTensor.full_tensor``.
+    """
+    stacks = error.split("Timeout (")[1:]
+    return len(stacks) == 2 and all(
+        "in wait_tensor" in stack and "in full_tensor" in stack for stack in stacks
+    )
+
+
+def train_on_two(jobs, folder, ends=(0, 0), tries=2):
     """Run jobs in two processes, which end with these exit codes.
+
+    Where the processes hang in a collective of gloo, all jobs run once more, with a warning.
 
     Returns:
         the results of each job, one per rank (None from a rank that was killed); their process ids.
     """
+    before = {job.out: job.out.exists() for job in jobs}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs").write_bytes(pickle.dumps(jobs))
     # Held here, as torchrun holds its own; the system chooses free ports.
@@ -92,6 +108,12 @@ def train_on_two(jobs, folder, ends=(0, 0)):
     }
     words = HERE / "rank_program.py", folder / "jobs", ports, folder
     done = run_forked(*words, env=os.environ | variables, timeout=900)
+    if tries > 1 and hangs_in_gloo(done.stderr) and not any(before.values()):
+        warnings.warn(f"two ranks waited for one all-gather of gloo: {done.stderr}", stacklevel=2)
+        copies = [job.copy_before for job in jobs if job.copy_before is not None]
+        for path in [folder, *before, *copies]:
+            shutil.rmtree(path, ignore_errors=True)
+        return train_on_two(jobs, folder, ends, tries - 1)
     assert done.returncode == 0, done.stderr
     processes, codes = json.loads((folder / "processes.json").read_text())
     assert codes == list(ends), done.stderr
@@ -159,6 +181,13 @@ def together(base, tmp_path_factory):
     jobs["killed"] = Job(in_mode(base, "fsdp2"), root / "killed", kill_at=2)  # the last
     results, processes = train_on_two(list(jobs.values()), root / "jobs", (0, -signal.SIGKILL))
     return one, dict(zip(jobs, results, strict=True)), root, processes
+
+
+def test_only_two_ranks_in_one_collective_run_again():
+    stack = "Timeout (0:03:20)!\n  in wait_tensor\n  in full_tensor\n"
+    assert hangs_in_gloo(2 * stack)
+    assert not hangs_in_gloo(stack)  # the other one failed otherwise
+    assert not hangs_in_gloo(stack + stack.replace("full_tensor", "_train_step"))
 
 
 @pytest.mark.parametrize("mode", MODES)
