@@ -98,8 +98,7 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
         A layout of scales (1, tokens), or None; None too for a mask without values, or
         from which derivatives are wanted.
     """
-    # A lazily negated view has the address of the mask, and the other sign.
-    if bias.requires_grad or bias.is_neg():
+    if bias.requires_grad:
         return None
     return _cached_layout(bias)
 
@@ -126,7 +125,8 @@ def _has_tangent(bias: Tensor) -> bool:
 # The result depends on values.
 @untraced
 def _cached_layout(bias: Tensor) -> ScaleLayout | None:
-    if not _has_values(bias) or _has_tangent(bias):
+    # A lazily negated view has the address of the mask, and the other sign.
+    if not _has_values(bias) or bias.is_neg() or _has_tangent(bias):
         return None  # torch's attention is right for any content
     if _are_functorch_transforms_active():
         with _DisableFuncTorch():  # else what is computed here has no memory
