@@ -24,7 +24,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may take tensors by their addresses: plain ones on the CPU, not empty.
+    """Whether a kernel may take tensors by their addresses: they have values, as memory does.
+
+    A lazily negated view has other values than its memory.
+    """
+    return has_values(*tensors) and not any(x is not None and x.is_neg() for x in tensors)
+
+
+def has_values(*tensors: Tensor | None) -> bool:
+    """Whether the values can be read now: of plain tensors on the CPU that are not empty.
 
     Not in a graph, which has torch's own operators, nor where a dispatch mode watches them, such as
     torch's counter of FLOP. Those of ``vmap`` and of batched gradients have no address.
@@ -38,7 +46,6 @@ def is_plain(*tensors: Tensor | None) -> bool:
                 type(x) in _PLAIN
                 and x.is_cpu
                 and x.numel() > 0
-                and not x.is_neg()  # its memory holds the negated values
                 and not is_functorch_wrapped_tensor(x)
                 and not is_legacy_batchedtensor(x)
             )

@@ -267,6 +267,7 @@ def test_wrong_images_are_refused(images, message):
         (torch.zeros(1, 20, dtype=torch.int64), r"tokens must be \(B, 21\); got \(1, 20\)"),
         (torch.full((1, 21), 16), r"tokens must be in \[0, 16\); got values from 16 to 16"),
         (torch.full((1, 21), -1), r"tokens must be in \[0, 16\)"),
+        (torch._neg_view(torch.ones(1, 21, dtype=torch.int64)), r"must be in \[0, 16\); .* -1 to"),
         (torch.zeros(1, 21), "int64 or int32; got torch.float32"),
     ],
 )

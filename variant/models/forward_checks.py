@@ -12,7 +12,7 @@ from variant.models.config import VARConfig
 from variant.models.execution import Execution
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import instance
-from variant_kernels.linear import is_plain
+from variant_kernels.linear import has_values
 from variant_kernels.ops.contract import check_tensor
 from variant_kernels.wording import counted
 
@@ -98,7 +98,7 @@ def _check_labels(config: VARConfig, name: str, labels_B: Tensor) -> None:
 
     A graph (torch.export, torch.compile) and a mode of fake tensors have none to check.
     """
-    if is_plain(labels_B):
+    if has_values(labels_B):
         low, high = (int(x) for x in torch.aminmax(labels_B))
         if low < 0 or high > config.num_classes:
             raise ValueError(

@@ -20,7 +20,7 @@ from variant.models.initialised import conv2d
 from variant.models.parts import explained, explains
 from variant.models.quantizer import MultiScaleQuantizer
 from variant_kernels.arguments import instance, integer
-from variant_kernels.linear import is_plain
+from variant_kernels.linear import has_values
 from variant_kernels.ops.contract import check_tensor
 
 # The halves of a VQ-VAE: a function that uses one may be called where the other was removed.
@@ -355,7 +355,7 @@ class VQVAE(nn.Module):
             )
         # Values are checked where there are any to read without a wait: not on a GPU, in a graph or
         # of fake tensors. Written so that NaN fails too.
-        if is_plain(images) and not (images.abs().max() <= 1.001):
+        if has_values(images) and not (images.abs().max() <= 1.001):
             raise ValueError(
                 f"{op}: images must be in [-1, 1]; "
                 f"got values from {float(images.min()):.4g} to {float(images.max()):.4g}"
@@ -377,7 +377,7 @@ class VQVAE(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{op}: tokens must be int64 or int32; got {tokens.dtype}")
         vocab = self.config.vocab_size
-        if is_plain(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab):
+        if has_values(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab):
             raise ValueError(
                 f"{op}: tokens must be in [0, {vocab}); "
                 f"got values from {int(tokens.min())} to {int(tokens.max())}"
