@@ -327,6 +327,8 @@ def _compare_part(
         names = alterations.readable_names(model)
         altered = [names[id(m)] for m in model.modules() if alterations.is_altered(m)]
         hint = f"; {altered[0]} has hooks or another forward" if any(altered) else ""
+        if alterations.global_hooks():
+            hint = "; hooks of every module are registered (register_module_forward_hook)"
         text = str(error).removeprefix(f"patch: the model looks like {name}, but ").splitlines()[0]
         raise UserError(
             f"accelerate: {name} does not run as the original code does, and the engine reads its "

@@ -21,6 +21,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
 from variant_kernels.integrations.alterations import (
+    global_hooks,
     is_dtensor,
     methods_of,
     readable,
@@ -130,7 +131,7 @@ def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
         kind: {name: getattr(kind, name, None) for name in methods_of(kind)}
         for kind in {type(module) for module in modules}
     }
-    return [
+    own = [
         (
             of_classes[type(module)],
             {n: module.__dict__[n] for n in module.__dict__.keys() & methods_of(type(module))},
@@ -141,6 +142,7 @@ def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
         )
         for module in modules
     ]
+    return [global_hooks(), *own]
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -21,6 +21,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import ENCODER, VQVAE
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.integrations.alterations import global_hooks
 from variant_kernels.packed_linear import can_pack
 from variant_kernels.products import has_products, product_dtype
 from variant_kernels.tensors import Memory
@@ -115,6 +116,7 @@ class CastModels:
         instance("Engine", "vae", self.vae, VQVAE)
         version = self._weights_version(self.var, self.vae)
         with self._lock:
+            self._follow_global_hooks(version)
             if self._cast is None or self._cast[0] != version or self._was_freed:
                 # Free the old copies, and the graphs that read them, before new ones are allocated.
                 self._cast = self._graphs = None
@@ -124,13 +126,35 @@ class CastModels:
                 self._cast, self._cast_from = (version, weights), self._weights_version.memory()
             return self._cast[1]
 
+    def _follow_global_hooks(self, version: Version) -> None:
+        """Check hooks that torch calls for every module, and keep the weights if they are the same.
+
+        Counters of FLOPs add such hooks and remove them around one call.
+        """
+        if self._cast is None or self._was_freed:
+            return
+        known, weights = self._cast
+        if known.global_hooks == version.global_hooks:
+            return
+        if known._replace(global_hooks=version.global_hooks) != version:
+            return
+        if version.global_hooks:
+            self._check_parts()
+        with torch.no_grad():  # the embeddings are the part that is called when weights are made
+            position_1LC = self.var.position_embedding().float()
+        if torch.equal(position_1LC, weights.position_1LC):
+            self._cast = known._replace(global_hooks=version.global_hooks), weights
+
     def _presumed(self) -> tuple[EngineWeights, GraphReplay] | None:
         """Weights of the last call and their graphs, whether or not the model changed since.
 
-        None where there are none, or where the model was moved to another device.
+        None where there are none, where the model was moved to another device, and where torch
+        calls hooks for every module.
         """
         with self._lock:
             if self._cast is None or self._graphs is None or self._graphs[0] is not self._cast[1]:
+                return None
+            if global_hooks():
                 return None
             weights, graphs = self._graphs
         return (weights, graphs) if weights.pos_start.device == self.device else None

@@ -56,6 +56,7 @@ from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.dispatch.select import check_name
+from variant_kernels.integrations.alterations import global_hooks
 from variant_kernels.untraced import untraced
 
 
@@ -137,8 +138,8 @@ class Engine(CastModels):
 
     def _graphs_for(self, runner: BatchRunner) -> GraphReplay | None:
         """The graphs recorded with the weights of ``runner``; None where graphs are not used."""
-        if not self.capture or not runner.launchers.can_be_captured:
-            return None
+        if not self.capture or not runner.launchers.can_be_captured or global_hooks():
+            return None  # a graph would not call the hooks
         with self._lock:
             if self._graphs is None or self._graphs[0] is not runner.weights:
                 recorder = new_recorder(self.device)

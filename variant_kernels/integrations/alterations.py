@@ -8,7 +8,9 @@ are right only where these modules do what their classes say.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import isroutine
 from types import FunctionType
@@ -95,6 +97,42 @@ def has_hooks(module: nn.Module) -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def global_hooks() -> tuple[int, ...]:
+    """Ids of torch's global forward hooks and forward pre-hooks, which every module's call runs."""
+    return (*torch_module._global_forward_pre_hooks, *torch_module._global_forward_hooks)
+
+
+@contextmanager
+def without_global_hooks(but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Within the block, global forward hooks do nothing in this thread.
+
+    Args:
+        but: modules for which they run.
+    """
+    thread, kept = threading.get_ident(), {id(module) for module in but}
+    tables = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+
+    def in_other_threads(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread or id(module) in kept:
+                return hook(module, *args, **kwargs)
+            return None
+
+        return run
+
+    replaced = []
+    try:
+        for table in tables:
+            for key, hook in list(table.items()):
+                replaced.append((table, key, hook, in_other_threads(hook)))
+                table[key] = replaced[-1][-1]
+        yield
+    finally:
+        for table, key, hook, replacement in replaced:
+            if table.get(key) is replacement:  # not removed meanwhile
+                table[key] = hook
 
 
 def is_altered(module: nn.Module) -> bool:
