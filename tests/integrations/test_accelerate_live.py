@@ -621,7 +621,7 @@ def test_hooks_of_every_module_that_come_later_are_followed_or_refused():
 
     for kind in (block, nn.Linear):
         handle = register_module_forward_hook(scaled(kind))
-        with pytest.raises(UserError, match="accelerate: var does .*; hooks of every module"):
+        with pytest.raises(UserError, match=r"accelerate: var does .*; hooks of every module"):
             ours.generate([1], seed=0)
         handle.remove()
     handle = register_module_forward_hook(scaled(norm))
