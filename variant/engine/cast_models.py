@@ -69,8 +69,14 @@ class CastModels:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return head_weight("Engine", self.var).device
+        """The device of the weights.
+
+        Raises: ValueError, if it is "meta": nothing can be computed there.
+        """
+        device = head_weight("Engine", self.var).device
+        if device.type == "meta":
+            check_values("Engine", self.var, self.vae)
+        return device
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -98,6 +104,7 @@ class CastModels:
 
     def _check_parts(self) -> None:
         check_pair(self.var, self.vae, "Engine")  # other models may have taken their place
+        check_values("Engine", self.var, self.vae)  # a copy from "meta" to the CPU does nothing
         with explained("Engine", self, ENCODER), torch.autocast(self.device.type, enabled=False):
             check_engine_parts(self.var, self.vae, self.product_dtype, self.packed)
 
@@ -187,6 +194,21 @@ def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant"
         check_pair_of_configs(a, b)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from None
+
+
+def check_values(op: str, var: VAR, vae: VQVAE) -> None:
+    """Raises: ValueError, naming the first weight on the meta device, which holds no values.
+
+    The encoder's are not needed.
+    """
+    unused = tuple(f"vae.{part}." for part in ENCODER)
+    for part, model in (("var", var), ("vae", vae)):
+        for name, weight in model.named_parameters(part):
+            if weight.is_meta and not name.startswith(unused):
+                raise ValueError(
+                    f'{op}: the weights must be on a device such as "cpu"; {name} is on "meta", '
+                    "which holds no values"
+                )
 
 
 def without_graphs_if_full(method: F) -> F:
