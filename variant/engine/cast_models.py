@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from variant.engine.cuda_graphs import GraphCache, Recorder
 from variant.engine.graph_replay import GraphReplay
