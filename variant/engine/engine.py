@@ -144,7 +144,7 @@ class Engine(CastModels):
                 recorder = new_recorder(self.device)
                 self._graphs = None
                 if recorder is not None:
-                    self._graphs = runner.weights, GraphReplay(recorder, self._tensors())
+                    self._graphs = runner.weights, self._replay(recorder)
             return None if self._graphs is None else self._graphs[1]
 
     def _source(self, kv_dtype: torch.dtype | None) -> Source:
