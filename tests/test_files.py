@@ -1,5 +1,6 @@
 """Atomic writes, and texts and JSON that are read."""
 
+import dataclasses
 import errno
 import os
 import random
@@ -7,6 +8,7 @@ import secrets
 import stat
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from variant.files import (
 )
 from variant.paths import read_json, read_text
 from variant.tensor_files import stored_pickle
+from variant.training import tokenize
+from variant.training.checkpointer import Checkpointer
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
@@ -34,6 +38,71 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     assert link.is_symlink()
     assert target.read_text() == "after"
     assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("disks", [1, 2])
+def test_a_finished_file_is_put_in_place_as_a_written_one(tmp_path, monkeypatch, disks):
+    target, link, finished = tmp_path / "a" / "target", tmp_path / "link", tmp_path / "finished"
+    replace = os.replace
+
+    def replace_on_one_disk(source, to):
+        if disks == 2 and os.path.dirname(source) != os.path.dirname(to):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace(source, to)
+
+    def put(text):
+        finished.write_text(text)
+        files.put_in_place(finished, link)
+        assert not finished.exists()
+        assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+    monkeypatch.setattr(os, "replace", replace_on_one_disk)
+    target.parent.mkdir()
+    link.symlink_to("a/target")
+    put("first")  # the link names no file yet
+    target.chmod(0o640)
+    put("second")
+    assert link.is_symlink()
+    assert target.read_text() == "second"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("content", ["/dev/full", "loop"])
+def test_a_finished_file_replaces_no_device_but_a_link_to_itself(tmp_path, content):
+    path, finished = tmp_path / "loop", tmp_path / "finished"
+    path.symlink_to(content)
+    finished.write_text("text")
+    if content == "loop":
+        files.put_in_place(finished, path)
+        assert path.read_text() == "text"
+    else:
+        with pytest.raises(UserError, match="loop: cannot be written: is no plain file"):
+            files.put_in_place(finished, path)
+        assert path.is_symlink()
+        assert finished.read_text() == "text"
+
+
+def test_best_weights_and_a_manifest_are_written_through_a_link(tmp_path):
+    """Both appear by the renaming of a finished file."""
+
+    @dataclasses.dataclass
+    class Contents:
+        shards: str
+
+    (tmp_path / "disk").mkdir()
+    for name in ("best", "manifest.json"):
+        (tmp_path / "disk" / name).write_text("before")
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    finished = tmp_path / "next"
+    finished.write_text("after")
+    run = SimpleNamespace(next_best=finished, best=tmp_path / "best", best_sha256="1")
+    Checkpointer._keep_next_best(run)
+    tokenize._write_manifest(tmp_path, Contents("after"), 0)
+    assert {path.name: path.is_symlink() for path in tmp_path.iterdir() if path.is_file()} == {
+        "best": True, "manifest.json": True
+    }  # fmt: skip
+    assert (tmp_path / "disk" / "best").read_text() == "after"
+    assert read_json(tmp_path / "disk" / "manifest.json") == {"shards": "after"}
 
 
 def test_who_may_read_a_file_stays_the_same(tmp_path):

@@ -1,4 +1,8 @@
-"""Files: atomic writes, and weights that are read without running code from them."""
+"""Files: atomic writes, and weights that are read without running code from them.
+
+Every writer of this package replaces a file as a whole, and through a symbolic link the file that
+the link names: the link stays.
+"""
 
 from __future__ import annotations
 
@@ -50,19 +54,11 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         UserError: the folder cannot be written, the disk is full, ``path`` is no plain file, or no
             path of this system.
     """
-    try:
-        target = Path(os.path.realpath(path))
-    except ValueError as error:  # a NUL byte, or what the system's encoding does not have
-        raise UserError(f"{shown(path)}: cannot be written: {error}") from None
-    except FileNotFoundError:
-        raise UserError(
-            f"{shown(path)}: cannot be written: the current folder was removed"
-        ) from None
+    target = _target(path)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_file():
-            raise UserError(f"{path}: cannot be written: is no plain file")
+        _check_plain(path, target)
         temporary, mode = _new_file(target)
         try:
             yield temporary
@@ -87,6 +83,46 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def put_in_place(finished: Path, path: Path) -> None:
+    """Give a finished file the name ``path``, as :func:`atomic_write` does: a link stays.
+
+    Raises:
+        OSError, UserError: ``path`` cannot be written.
+    """
+    target = _target(path)
+    _check_plain(path, target)
+    mode = wanted = finished.stat().st_mode
+    with suppress(OSError):  # no such file, or a link to itself, which is replaced
+        wanted = target.stat().st_mode
+    if stat.S_IMODE(wanted) != stat.S_IMODE(mode):
+        finished.chmod(stat.S_IMODE(wanted))
+    try:
+        os.replace(finished, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # the link leads to another file system
+            raise
+        with atomic_write(path, durable=True) as temporary:
+            shutil.copyfile(finished, temporary)
+        finished.unlink()
+
+
+def _target(path: Path) -> Path:
+    """The file that a path names, or a link.  Raises: UserError, for no path of this system."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a NUL byte, or what the system's encoding does not have
+        raise UserError(f"{shown(path)}: cannot be written: {error}") from None
+    except FileNotFoundError:
+        raise UserError(
+            f"{shown(path)}: cannot be written: the current folder was removed"
+        ) from None
+
+
+def _check_plain(path: Path, target: Path) -> None:
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path}: cannot be written: is no plain file")
 
 
 def temporary_name(path: Path) -> Path:

@@ -1,9 +1,12 @@
 """Runs that train the VQ-VAE with a perceptual loss and a discriminator."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from test_distributed import train_on_two
 from tiny_runs import CPU, OPTIM, assert_same, metrics, quiet, resume, run_until, steps_of
 
+from variant.data.config import DataSection
+from variant.data.samples import ImageSource
 from variant.errors import UserError
 from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
+from variant.training import classifier, vae_task
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.logging_section import LoggingSection
 from variant.training.meters import Meters
@@ -51,6 +57,117 @@ def with_losses(recipe, **changes):
 
 def last(folder):
     return torch.load(folder / "vae-last.pt", weights_only=True)
+
+
+class FewImages:
+    """Eight images of two classes, in black."""
+
+    num_train, num_held_out, num_classes = 8, 1, 2
+    classes, classes_from = ("a", "b"), "a test"
+    train_labels, held_out_labels = torch.zeros(8), torch.zeros(1)
+
+    def __init__(self, section, size, channels):
+        self.section, self.shape = section, (channels, size, size)
+
+    def train(self, indices, epoch):
+        return -torch.ones(len(indices), *self.shape), torch.zeros(len(indices), dtype=torch.long)
+
+    def held_out(self, indices):
+        return self.train(indices, 0)
+
+    def take_bad(self):
+        return ()
+
+    def digest(self):
+        return "0"
+
+
+def test_a_classifier_is_that_of_its_data_augmentation_and_seed(tmp_path, monkeypatch):
+    trained = []
+
+    def train(data, **options):
+        trained.append(options)
+        return classifier.train_classifier(data, **options)
+
+    def loss_of(**changes):
+        """The loss of a run in the folder, of a recipe with these values."""
+        values = {"seed": 0, "channels": 1, "size": 8, "rotate": 0.0, "mixup": 0.0} | changes
+        section = DataSection("digits", rotate=values["rotate"], mixup=values["mixup"])
+        data = FewImages(section, values["size"], values["channels"])
+        setup = SimpleNamespace(
+            recipe=SimpleNamespace(
+                data=section,
+                seed=values["seed"],
+                vae=SimpleNamespace(image_size=values["size"], in_channels=values["channels"]),
+                vae_training=SimpleNamespace(perceptual=SimpleNamespace(steps=1)),
+            ),
+            data=ImageSource(data, values["seed"], 0.0, 0.0),
+            folder=tmp_path,
+            device=CPU,
+        )
+        return vae_task._classifier(setup, quiet())
+
+    def count(**changes):
+        """Trainings that a run with these values needs; the next one needs none."""
+        before = len(trained)
+        sha256 = loss_of(**changes).sha256
+        needed = len(trained) - before
+        assert loss_of(**changes).sha256 == sha256
+        assert len(trained) == before + needed
+        return needed
+
+    monkeypatch.setattr(vae_task, "train_classifier", train)
+    assert count() == 1
+    assert count(rotate=5.0) == 1
+    assert count(rotate=7.0) == 1
+    assert count(rotate=7.0, mixup=0.2) == 0  # of batches of the transformer
+    assert count(rotate=7.0, seed=1) == 1
+    assert count(channels=3) == 1
+    assert count(size=16) == 1
+    assert count() == 1
+    # A record of an earlier version is that of the run in its folder.
+    record = json.loads((tmp_path / "vae-classifier.json").read_text())
+    assert (record["image_channels"], record["augmentation"]["rotate"]) == (1, 0.0)
+    assert "mixup" not in record["augmentation"]
+    for name in ("image_size", "image_channels", "augmentation"):
+        del record[name]
+    (tmp_path / "vae-classifier.json").write_text(json.dumps(record))
+    assert count(rotate=5.0) == 0
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_a_killed_save_of_a_classifier_leaves_no_weights_with_another_record(
+    tmp_path, monkeypatch, renames
+):
+    """The first rename is one within the temporary file of the weights."""
+
+    class Killed(BaseException):
+        pass
+
+    def save(steps):
+        torch.manual_seed(steps)
+        record = classifier.ClassifierRecord(classifier.FORMAT, ("a", "b"), "", 0, steps, 0.5)
+        one = classifier.Classifier(2)
+        weights[steps] = one.head.weight
+        classifier.save_classifier(path, one, record)
+
+    weights, path, left, replace = {}, tmp_path / "c.safetensors", [renames], os.replace
+    save(1)
+
+    def replace_until_killed(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_until_killed)
+    with contextlib.suppress(Killed):
+        save(2)
+    monkeypatch.undo()
+    assert classifier.is_there(path) == (renames == 3)
+    save(3)
+    found, record = classifier.read_classifier(path)
+    assert (record.steps, torch.equal(found.head.weight, weights[3])) == (3, True)
 
 
 def test_stopping_after_any_step_changes_nothing(recipe, tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ AUGMENTATION = {
     "randaugment_magnitude": 0.0,
     "mixup": 0.0,
 }
+# Of them those that change each image by itself.
+OF_EACH_IMAGE = tuple(name for name in AUGMENTATION if name != "mixup")
 
 # Each operation is a pass over the image, and the papers use 2: a slip would run for days.
 Operations: TypeAlias = Annotated[int, Field(ge=0, le=100)]
@@ -123,6 +125,11 @@ class DataSection:
             )
         if self.kind == "idx":
             self._check_idx()
+
+    @property
+    def augmentation_of_images(self) -> dict[str, float]:
+        """The values of the keys that change each training image by itself."""
+        return {name: getattr(self, name) for name in OF_EACH_IMAGE}
 
     def _check_idx(self) -> None:
         files = [getattr(self, name) for name in IDX_FILES]

@@ -104,10 +104,12 @@ def sample_order(count: int) -> np.ndarray:
 class ImageData(Protocol):
     """Images in [-1, 1], float32 (B, I, Y, X), with labels (B,) int64.
 
+    section: of the recipe; tells the augmentation.
     classes: names of the classes, in the order of their labels.
     classes_from: what their number comes from, for messages: a folder, a file, or a recipe's key.
     """
 
+    section: DataSection
     num_train: int
     num_held_out: int
     num_classes: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -14,7 +13,13 @@ from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
-from variant.files import atomic_write, read_pickle, read_safetensors, save_safetensors
+from variant.files import (
+    atomic_write,
+    put_in_place,
+    read_pickle,
+    read_safetensors,
+    save_safetensors,
+)
 from variant.paths import file_sha256
 from variant.training.checkpoint_contents import check_contents
 from variant.training.checkpoint_files import BEST_NAME, CheckpointFiles
@@ -329,7 +334,7 @@ class Checkpointer:
     def _keep_next_best(self) -> None:
         try:
             if self.next_best.exists():
-                os.replace(self.next_best, self.best)
+                put_in_place(self.next_best, self.best)
                 self._in_place = self.best_sha256
         except OSError as error:
             raise UserError(f"{self.best}: cannot be written: {error.strerror or error}") from error

@@ -4,7 +4,7 @@ Trained on the training images alone, so that neither held-out nor generated ima
 The same recipe, seed and number of threads give the same weights. `variant eval` measures distances
 of its features, and `variant train-vae` may have them as its perceptual loss.
 
-Axes: B images, 3 colours, Y X pixels, D features, C classes.
+Axes: B images, I channels, 3 colours, Y X pixels, D features, C classes.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class ClassifierRecord:
     """What a classifier was trained on, and how well it classifies held-out images.
 
     accuracy: share of the held-out images.
-    image_size: pixels of a side of the images; None in records of earlier versions.
+    image_size: pixels of a side of the images.  image_channels: 1 or 3.
+    augmentation: of the training images, by the keys of the recipe's section data. These three are
+        None in records of earlier versions.
     """
 
     format: str
@@ -98,11 +100,17 @@ class ClassifierRecord:
     steps: Count
     accuracy: Share
     image_size: Count | None = None
+    image_channels: Count | None = None
+    augmentation: dict[str, float] | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
+
+    def is_of(self, **wanted: object) -> bool:
+        """Whether these fields have these values; what an earlier version left out may be any."""
+        return all(getattr(self, name) in (None, value) for name, value in wanted.items())
 
 
 @modes_of_a_new_process()
@@ -146,6 +154,7 @@ def train_classifier(
         schedule.step()
         report(step + 1, float(loss.detach()))
     classifier.eval().requires_grad_(False)
+    image_BIYX, _ = data.held_out(range(1))
     record = ClassifierRecord(
         FORMAT,
         tuple(data.classes),
@@ -153,7 +162,9 @@ def train_classifier(
         seed,
         steps,
         held_out_accuracy(classifier, data),
-        data.held_out(range(1))[0].shape[-1],
+        image_size=image_BIYX.shape[-1],
+        image_channels=image_BIYX.shape[1],
+        augmentation=data.section.augmentation_of_images,
     )
     return classifier, record
 
@@ -171,11 +182,13 @@ def held_out_accuracy(classifier: Classifier, data: ImageData, batch: int = 500)
 
 def save_classifier(path: Path, classifier: Classifier, record: ClassifierRecord) -> None:
     """Write the weights, and the record beside them as ``.json``.  Raises: UserError."""
-    with saving(path.parent):
-        with atomic_write(path) as temporary:
-            write_safetensors(temporary, classifier.state_dict())
-        with atomic_write(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
+    record_path = path.with_suffix(".json")
+    with saving(path.parent), atomic_write(record_path) as temporary:
+        temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
+        with atomic_write(path) as weights:
+            write_safetensors(weights, classifier.state_dict())
+            # It appears again last: whatever ends the process, no weights have another's record.
+            Path(os.path.realpath(record_path)).unlink(missing_ok=True)
 
 
 def read_classifier(path: str | os.PathLike[str]) -> tuple[Classifier, ClassifierRecord]:

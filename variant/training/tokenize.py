@@ -47,7 +47,7 @@ from variant.data.sources import classes_problem, open_source
 from variant.differences import change_texts, differences, listed
 from variant.engine.memory import check_fits
 from variant.errors import UserError
-from variant.files import atomic_write
+from variant.files import atomic_write, put_in_place
 from variant.folder_lock import locked_folder, saving
 from variant.models.parameter_count import vqvae_parameters
 from variant.models.vqvae import VQVAE
@@ -295,7 +295,7 @@ def _write_manifest(out: Path, manifest: Manifest, rank: int) -> None:
     with atomic_write(own) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", "utf-8")
     try:
-        os.replace(own, out / MANIFEST_NAME)
+        put_in_place(own, out / MANIFEST_NAME)
     except OSError as error:
         raise UserError(f"{shown(out)}: cannot be written: {error.strerror or error}") from None
 

@@ -295,19 +295,21 @@ def _perceptual(setup: RunSetup, console: Console | None) -> PerceptualLoss | No
 
 
 def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
-    """The classifier in the run's folder, trained if there is none of these images."""
+    """The classifier in the run's folder, trained if there is none of this recipe's images."""
     recipe, source = setup.recipe, setup.data
     assert isinstance(source, ImageSource), "a VQ-VAE is trained on images"
     steps = recipe.vae_training.perceptual.steps
     path = setup.folder / RUN_NAME
-    wanted = source.digest(), recipe.seed, steps, recipe.vae.image_size
+    wanted = {
+        "data_sha256": source.digest(),
+        "seed": recipe.seed,
+        "steps": steps,
+        "image_size": recipe.vae.image_size,
+        "image_channels": recipe.vae.in_channels,
+        "augmentation": recipe.data.augmentation_of_images,
+    }
     found = read_classifier(path) if is_there(path) else None
-    if found is None or wanted != (
-        found[1].data_sha256,
-        found[1].seed,
-        found[1].steps,
-        found[1].image_size or recipe.vae.image_size,  # earlier versions did not record it
-    ):
+    if found is None or not found[1].is_of(**wanted):
         out = lossy(console or Console())
         out.print(f"vae: training the classifier of the perceptual loss, {counted(steps, 'step')}")
         trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
