@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -37,7 +36,7 @@ from variant.errors import UserError
 from variant.files import atomic_write
 from variant.folder_lock import clear_leftovers, locked_folder
 from variant.models.placement import check_device
-from variant.paths import path_kind, shown
+from variant.paths import json_text, path_kind, shown
 from variant.schedule_files import save_schedule
 from variant.search.compare import SAME, Row
 from variant.search.costs import KINDS
@@ -108,7 +107,7 @@ def _search(command: Search, budgets: dict[str, float]) -> None:
         {"model": command.model, "data": job.data, "budget": budgets, "costs": {**best.costs}},
     )
     with atomic_write(job.folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.write_text(json_text(values, 1) + "\n")
     out.print(f"wrote {job.folder / SCHEDULE}, {job.folder / RECORD}")
     if command.plot is not None:
         _plot(command.plot, job, result, budgets)

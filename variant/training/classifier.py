@@ -9,7 +9,6 @@ Axes: B images, 3 colours, Y X pixels, D features, C classes.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.initialised import conv2d, initialised
 from variant.models.pixels import checked_images, to_uint8
 from variant.models.ranges import Count, CountOrZero, Share
-from variant.paths import open_regular, path_kind, read_json, shown
+from variant.paths import json_text, open_regular, path_kind, read_json, shown
 from variant.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
@@ -175,7 +174,7 @@ def save_classifier(path: Path, classifier: Classifier, record: ClassifierRecord
         with atomic_write(path) as temporary:
             write_safetensors(temporary, classifier.state_dict())
         with atomic_write(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
+            temporary.write_text(json_text(record.__dict__, 1) + "\n")
 
 
 def read_classifier(path: str | os.PathLike[str]) -> tuple[Classifier, ClassifierRecord]:

@@ -30,6 +30,7 @@ from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import freeze_full_network, zone_of, zone_parameters
+from variant.paths import finite
 from variant.torch_modes import modes_of_a_new_process
 from variant.training.configurations import FULL, Configurations
 from variant.training.distillation import Teacher, distillation_loss
@@ -396,7 +397,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     }
     if recipe.vae_training.weights is None:
         training["vqvae_loss"] = recipe.vae_training.loss_text
-    extra = {"training": training}
+    extra = {"training": finite(training)}  # losses may have diverged
     weights = whole(module.state_dict(), keep=setup.ranks.is_first)
     if setup.ranks.is_first:
         plain = VAR(module.config).eval()
