@@ -89,15 +89,15 @@ class VARTask(Task):
         self._labels_N = torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
-    def note(self) -> str | None:
+    def notes(self) -> list[str]:
         kind = self.recipe.schedule.zone_weights
         if kind == "shared":
-            return None
+            return []
         own = sum(weight.numel() for weight in zone_parameters(self.var))
-        return (
+        return [
             f'zone_weights "{kind}": {counted(own, "parameter")} are trained, the full network is '
             "frozen; every step trains a subnet"
-        )
+        ]
 
     def choose_teacher(self, ema: EMA | None) -> None:
         kind = self.recipe.schedule.teacher
