@@ -21,12 +21,13 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
 from variant_kernels.integrations.alterations import (
+    global_hooks,
     is_dtensor,
     methods_of,
     readable,
     settings_of,
 )
-from variant_kernels.integrations.base import one_thread
+from variant_kernels.integrations.claims import one_thread
 from variant_kernels.untraced import untraced
 
 
@@ -80,7 +81,7 @@ class LiveWeights:
         Raises:
             UserError: it was changed in a way that cannot be followed.
         """
-        with one_thread("accelerate", UserError):
+        with one_thread("accelerate", self.original.modules(), UserError):
             self._check()
 
     def _check(self) -> None:
@@ -130,7 +131,7 @@ def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
         kind: {name: getattr(kind, name, None) for name in methods_of(kind)}
         for kind in {type(module) for module in modules}
     }
-    return [
+    own = [
         (
             of_classes[type(module)],
             {n: module.__dict__[n] for n in module.__dict__.keys() & methods_of(type(module))},
@@ -141,6 +142,7 @@ def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
         )
         for module in modules
     ]
+    return [global_hooks(), *own]
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

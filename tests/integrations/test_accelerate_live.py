@@ -10,6 +10,7 @@ import torch
 from lookalike_var import LookalikeCoDe, LookalikeVAR, lookalike
 from lookalike_vqvae import lookalike_vqvae
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 
 import variant
@@ -607,3 +608,28 @@ def test_hooks_that_change_nothing_and_a_patch_may_come_after_accelerate():
     compared = len(seen)
     ours.generate([1], seed=0)
     assert len(seen) == compared  # only a change makes the comparison run again
+
+
+def test_hooks_of_every_module_that_come_later_are_followed_or_refused():
+    model, vae = pair()
+    ours = accelerate(model, vae)
+    expected = ours.generate([1], seed=0)
+    block, norm = type(model.blocks[0]), nn.GroupNorm
+
+    def scaled(kind):
+        return lambda part, inputs, output: 1.5 * output if isinstance(part, kind) else None
+
+    for kind in (block, nn.Linear):
+        handle = register_module_forward_hook(scaled(kind))
+        with pytest.raises(UserError, match=r"accelerate: var does .*; hooks of every module"):
+            ours.generate([1], seed=0)
+        handle.remove()
+    handle = register_module_forward_hook(scaled(norm))
+    assert_equal_now(model, vae, ours)
+    assert (ours.generate([1], seed=0).images - expected.images).abs().max() > 0.05
+    handle.remove()
+    assert ours.generate([1], seed=0).images.equal(expected.images)
+    calls = []
+    handle = register_module_forward_hook(lambda *_: calls.append(1))
+    assert ours.generate([1], seed=0).images.equal(expected.images)
+    handle.remove()

@@ -21,6 +21,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import ENCODER, VQVAE
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.integrations.alterations import global_hooks
 from variant_kernels.packed_linear import can_pack
 from variant_kernels.products import has_products, product_dtype
 from variant_kernels.tensors import Memory
@@ -68,8 +69,14 @@ class CastModels:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return head_weight("Engine", self.var).device
+        """The device of the weights.
+
+        Raises: ValueError, if it is "meta": nothing can be computed there.
+        """
+        device = head_weight("Engine", self.var).device
+        if device.type == "meta":
+            check_values("Engine", self.var, self.vae)
+        return device
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -97,6 +104,7 @@ class CastModels:
 
     def _check_parts(self) -> None:
         check_pair(self.var, self.vae, "Engine")  # other models may have taken their place
+        check_values("Engine", self.var, self.vae)  # a copy from "meta" to the CPU does nothing
         with explained("Engine", self, ENCODER), torch.autocast(self.device.type, enabled=False):
             check_engine_parts(self.var, self.vae, self.product_dtype, self.packed)
 
@@ -121,6 +129,7 @@ class CastModels:
         instance("Engine", "vae", self.vae, VQVAE)
         version = self._version()
         with self._lock:
+            self._follow_global_hooks(version)
             if self._cast is None or self._cast[0] != version or self._was_freed:
                 # Free the old copies, and the graphs that read them, before new ones are allocated.
                 self._cast = self._graphs = None
@@ -135,13 +144,35 @@ class CastModels:
                 self._graphs = None
             return self._cast[1]
 
+    def _follow_global_hooks(self, version: Version) -> None:
+        """Check hooks that torch calls for every module, and keep the weights if they are the same.
+
+        Counters of FLOPs add such hooks and remove them around one call.
+        """
+        if self._cast is None or self._was_freed:
+            return
+        known, weights = self._cast
+        if known.global_hooks == version.global_hooks:
+            return
+        if known._replace(global_hooks=version.global_hooks) != version:
+            return
+        if version.global_hooks:
+            self._check_parts()
+        with torch.no_grad():  # the embeddings are the part that is called when weights are made
+            position_1LC = self.var.position_embedding().float()
+        if torch.equal(position_1LC, weights.position_1LC):
+            self._cast = known._replace(global_hooks=version.global_hooks), weights
+
     def _presumed(self) -> tuple[EngineWeights, GraphReplay] | None:
         """Weights of the last call and their graphs, whether or not the model changed since.
 
-        None where there are none, or where the model was moved to another device.
+        None where there are none, where the model was moved to another device, and where torch
+        calls hooks for every module.
         """
         with self._lock:
             if self._cast is None or self._graphs is None or self._graphs[0] is not self._cast[1]:
+                return None
+            if global_hooks():
                 return None
             weights, graphs = self._graphs
         return (weights, graphs) if weights.pos_start.device == self.device else None
@@ -176,6 +207,21 @@ def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant"
         check_pair_of_configs(a, b)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from None
+
+
+def check_values(op: str, var: VAR, vae: VQVAE) -> None:
+    """Raises: ValueError, naming the first weight on the meta device, which holds no values.
+
+    The encoder's are not needed.
+    """
+    unused = tuple(f"vae.{part}." for part in ENCODER)
+    for part, model in (("var", var), ("vae", vae)):
+        for name, weight in model.named_parameters(part):
+            if weight.is_meta and not name.startswith(unused):
+                raise ValueError(
+                    f'{op}: the weights must be on a device such as "cpu"; {name} is on "meta", '
+                    "which holds no values"
+                )
 
 
 def without_graphs_if_full(method: F) -> F:

@@ -56,6 +56,7 @@ from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.dispatch.select import check_name
+from variant_kernels.integrations.alterations import global_hooks
 from variant_kernels.untraced import untraced
 
 
@@ -108,7 +109,6 @@ class Engine(CastModels):
         capture: bool = True,
     ) -> None:
         check_pair(var, vae, "Engine")
-        check_values("Engine", var, vae)
         check_name("Engine", backend)
         dtype = check_engine_dtype("Engine", dtype, var)
         super().__init__(var, vae, dtype, boolean("Engine", "pack", pack))
@@ -137,8 +137,8 @@ class Engine(CastModels):
 
     def _graphs_for(self, runner: BatchRunner) -> GraphReplay | None:
         """The graphs recorded with the weights of ``runner``; None where graphs are not used."""
-        if not self.capture or not runner.launchers.can_be_captured:
-            return None
+        if not self.capture or not runner.launchers.can_be_captured or global_hooks():
+            return None  # a graph would not call the hooks
         with self._lock:
             if self._graphs is None or self._graphs[0] is not runner.weights:
                 recorder = new_recorder(self.device)
@@ -457,14 +457,3 @@ def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> to
             f"dtype must be one of {', '.join(map(dtype_name, DTYPES))}"
         )
     return asked or weights
-
-
-def check_values(op: str, var: VAR, vae: VQVAE) -> None:
-    """Raises: ValueError, naming the first weight on the meta device, which holds no values."""
-    for part, model in (("var", var), ("vae", vae)):
-        for name, weight in model.named_parameters(part):
-            if weight.is_meta:
-                raise ValueError(
-                    f'{op}: the weights must be on a device such as "cpu"; {name} is on "meta", '
-                    "which holds no values"
-                )

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from variant.models.parts import expected_model
 from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant.models.zones import run_spans
+from variant_kernels.integrations.alterations import global_hooks, without_global_hooks
 
 NUM_SCALES = 2  # of the small run
 
@@ -25,6 +27,8 @@ NUM_SCALES = 2  # of the small run
 def check_hooks(var: VAR, is_called: Callable[[str], bool]) -> None:
     """Compare the parts with the same parts without hooks, if there are any; hooks are called.
 
+    Hooks that torch calls for every module count too.
+
     Args:
         is_called: of a path, whether the engine calls that module, and so its hooks.
     Raises:
@@ -32,18 +36,35 @@ def check_hooks(var: VAR, is_called: Callable[[str], bool]) -> None:
     """
     hooked = [path for path, part in var.named_modules() if path and _has_hooks(part)]
     hooked = [path for path in hooked if not is_called(path)]
-    if not hooked:
+    of_all_modules = global_hooks()
+    if not hooked and not of_all_modules:
         return
     own = _outputs(var, var)  # first, as a hook may make the weights that follow are read
-    plain = _outputs(_without_hooks(var, is_called), var)
+    twin = _without_hooks(var, is_called)
+    called = [part for path, part in twin.named_modules() if path and is_called(path)]
+    with without_global_hooks(but=called):
+        plain = _outputs(twin, var)
     if not all(map(_equal, own, plain)):
-        names = ", ".join(f"var.{path}" for path in hooked[:3])
-        more = f" and {len(hooked) - 3} more" if len(hooked) > 3 else ""
+        names = [f"var.{path}" for path in hooked]
+        if of_all_modules:
+            names.insert(0, "every module (torch.nn.modules.module.register_module_forward_hook)")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
             f"Engine: forward hooks must not change what a part takes or returns, as the engine "
-            f"reads weights and does not call the parts; there are hooks on {names}{more}. Remove "
-            "them first"
+            f"reads weights and does not call the parts; there are hooks on "
+            f"{', '.join(names[:3])}{more}. Remove them first"
         )
+
+
+@torch.no_grad()
+def change_images(vae: VQVAE) -> bool:
+    """Whether torch's global hooks change the images (1, I, Y, X) of a small feature map."""
+    weight = vae.post_quant_conv.weight
+    generator = torch.Generator().manual_seed(0)
+    f_hat_1CHW = torch.randn(1, weight.shape[1], 2, 2, generator=generator, device="cpu").to(weight)
+    own = vae.decode_features(f_hat_1CHW)
+    with without_global_hooks():
+        return not _equal(own, vae.decode_features(f_hat_1CHW))
 
 
 def _equal(found: Any, expected: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.engine.hooks import check_hooks
+from variant.engine.hooks import change_images, check_hooks
 from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.parts import check_parts, has_method_of
@@ -24,7 +24,12 @@ from variant.models.var import VAR, Block, HeadNorm, SelfAttention, projection
 from variant.models.vqvae import DECODER, ENCODER, VQVAE
 from variant.models.zones import LINEARS, LayerView
 from variant_kernels.arguments import typed
-from variant_kernels.integrations.alterations import is_equal, is_setting, readable
+from variant_kernels.integrations.alterations import (
+    global_hooks,
+    is_equal,
+    is_setting,
+    readable,
+)
 from variant_kernels.tensors import Memory, version_of
 
 # Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
@@ -101,6 +106,7 @@ class EngineWeights:
         self.head_modulation = HeadModulation(var, dtype, self.packed, cast_buffer)
         self._var, self._vae = var, vae
         self._decoder: PackedDecoder | CastDecoder | None = None
+        self._harmless_hooks: tuple[int, ...] = ()
         self._zones: dict[int, ZoneWeights] = {}
         self._zone_lock = Lock()
 
@@ -136,12 +142,22 @@ class EngineWeights:
     @torch.no_grad()
     def decode(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, I, Y, X) float32 in [0, 1]."""
-        if not copies_decoder(self._vae, self.dtype, self.packed):
+        copied = copies_decoder(self._vae, self.dtype, self.packed)
+        if not copied or self._hooks_change_images():
             return self._vae.decode_features(f_hat_BCHW).float()
         if self._decoder is None:  # built at the first use: not every caller decodes
             kind = PackedDecoder if self.packed else CastDecoder
             self._decoder = kind(self._vae, self.dtype)
         return self._decoder(f_hat_BCHW)
+
+    def _hooks_change_images(self) -> bool:
+        """Whether torch's global hooks change what the VQ-VAE's decoder returns."""
+        hooks = global_hooks()
+        if self._harmless_hooks != hooks:
+            if hooks and change_images(self._vae):
+                return True
+            self._harmless_hooks = hooks
+        return False
 
 
 _GET: Any = dict.get
@@ -156,7 +172,8 @@ class Version(NamedTuple):
     members: numbers of the attributes of each part that is read, among which other methods may be.
     settings: numbers, texts and configs among these attributes: padding modes, softmax scales.
         Those of a part that the engine calls are its own, and a counter may be among them.
-    hooks: ids of all forward hooks and forward pre-hooks.
+    hooks: ids of all forward hooks and forward pre-hooks of the modules.
+    global_hooks: ids of those that torch calls for every module.
     tensors: of every parameter and buffer, and of tensors that a caller put in the place of one,
         the identity, address and version.
     """
@@ -167,6 +184,7 @@ class Version(NamedTuple):
     members: tuple[int, ...]
     settings: tuple[Any, ...]
     hooks: tuple[int, ...]
+    global_hooks: tuple[int, ...]
     tensors: tuple[tuple[int, int, int], ...]
 
     def __eq__(self, other: object) -> bool:
@@ -249,6 +267,7 @@ class WeightsVersion:
             tuple(map(len, self._read)),
             self.settings(),
             tuple(chain.from_iterable(self._hooks)),
+            global_hooks(),
             # The identity, as another parameter may be a view of the same memory.
             tuple((id(t), t.data_ptr(), version_of(t)) for t in self._tensors()),
         )

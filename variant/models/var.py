@@ -36,6 +36,7 @@ from variant_kernels import (
 )
 from variant_kernels.arguments import instance, integer, real
 from variant_kernels.gelu import gelu
+from variant_kernels.integrations.alterations import global_hooks
 from variant_kernels.plans.depth_schedule import check_schedule
 
 
@@ -511,7 +512,8 @@ def _run_layers(
 
 def token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
     """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
-    if type(head) is nn.Linear and is_plain(head, nn.Linear) and head.bias is not None:
+    plain = type(head) is nn.Linear and is_plain(head, nn.Linear) and not global_hooks()
+    if plain and head.bias is not None:
         return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
     # A layer in its place, or one with hooks, computes the logits in its own way.
     losses_BL = losses_of(head(h_BLC).float().log_softmax(2), targets_BL)

@@ -8,7 +8,9 @@ are right only where these modules do what their classes say.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import isroutine
 from types import FunctionType
@@ -95,6 +97,62 @@ def has_hooks(module: nn.Module) -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def global_hooks() -> tuple[int, ...]:
+    """Ids of torch's global forward hooks and forward pre-hooks, which every module's call runs."""
+    return (*torch_module._global_forward_pre_hooks, *torch_module._global_forward_hooks)
+
+
+class _Paused:
+    """A global hook that does nothing in some threads.
+
+    threads: of each such thread, the modules for which it runs all the same, by ``id``.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+        self.threads: dict[int, set[int]] = {}
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kept = self.threads.get(threading.get_ident())
+        if kept is None or id(module) in kept:
+            return self.hook(module, *args, **kwargs)
+        return None
+
+
+_PAUSING = threading.Lock()
+
+
+@contextmanager
+def without_global_hooks(but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Within the block, global forward hooks do nothing in this thread.
+
+    Args:
+        but: modules for which they run.
+    """
+    thread, kept = threading.get_ident(), {id(module) for module in but}
+    tables = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+    paused: list[tuple[dict[int, Any], int, _Paused, set[int] | None]] = []
+    try:
+        with _PAUSING:
+            for table in tables:
+                for key, hook in list(table.items()):
+                    # Another thread may have paused it.
+                    hook = hook if isinstance(hook, _Paused) else _Paused(hook)
+                    table[key] = hook
+                    paused.append((table, key, hook, hook.threads.get(thread)))
+                    hook.threads[thread] = kept
+        yield
+    finally:
+        with _PAUSING:
+            for table, key, hook, outer in paused:
+                if outer is None:
+                    del hook.threads[thread]
+                else:
+                    hook.threads[thread] = outer
+                if not hook.threads and table.get(key) is hook:  # not removed meanwhile
+                    table[key] = hook.hook
 
 
 def is_altered(module: nn.Module) -> bool:
