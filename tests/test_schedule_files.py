@@ -192,4 +192,7 @@ def test_what_json_cannot_hold_is_named_and_leaves_no_file(tmp_path):
     for about in ({"x": object()}, {"x": {(1, 2): 3}}):
         with pytest.raises(TypeError, match=r"^save_schedule: about must hold"):
             save_schedule(tmp_path / "a.json", schedule, about)
+    message = r"^save_schedule: about\['cost'\]\[1\] must be finite, .*; got nan"
+    with pytest.raises(ValueError, match=message):
+        save_schedule(tmp_path / "a.json", schedule, {"cost": [1.0, float("nan")]})
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Literal, cast
 
 from variant.errors import UserError
@@ -153,6 +154,25 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"an object has the key {shown(key)} twice")
         result[key] = value
     return result
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """The text of a JSON file of ours, which every reader of JSON can read; see :func:`finite`."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The value with texts in place of what JSON has no numbers for.
+
+    They are "NaN", "Infinity" and "-Infinity", which ``float`` reads.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def open_at_once(path: str, flags: int) -> int:

@@ -8,9 +8,10 @@ from. ``variant search`` writes one. Imports no torch.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def save_schedule(
     Args:
         about: plain values that say where the schedule comes from.
     Raises:
-        TypeError: ``about`` holds what JSON cannot represent.
+        TypeError, ValueError: ``about`` holds what JSON cannot represent.
         UserError: it cannot be written.
     """
     from variant.files import atomic_write  # needs torch
@@ -80,6 +81,10 @@ def save_schedule(
     values = schedule.to_dict()
     if about is not None:
         values["about"] = dict(about)
+    if found := _not_finite("about", about):
+        raise ValueError(
+            f"save_schedule: {found[0]} must be finite, as numbers of JSON are; got {found[1]}"
+        )
     try:
         text = json.dumps(values, indent=1) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
@@ -89,6 +94,19 @@ def save_schedule(
         ) from None
     with atomic_write(Path(path)) as temporary:
         temporary.write_text(text)
+
+
+def _not_finite(where: str, value: Any) -> tuple[str, float] | None:
+    """The first place where a value holds a number that is not finite, and that number."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (where, value)
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    places = (_not_finite(f"{where}[{key!r}]", item) for key, item in items)
+    return next(filter(None, places), None)
 
 
 def layers_by_scale(

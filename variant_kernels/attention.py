@@ -182,12 +182,15 @@ class AttentionForward(nn.Module):
             consecutive=step.consecutive,
         )
 
-    def _attend_cached(self, qkv_BT3HD: Tensor, attn_bias: Tensor | None) -> Tensor:
+    def _check_no_gradient(self, qkv_BT3HD: Tensor) -> None:
         if torch.is_grad_enabled() and qkv_BT3HD.requires_grad:
             raise RuntimeError(
                 "VARiantAttention: cached attention has no gradient; call it under torch.no_grad() "
                 "or torch.inference_mode(), or stop caching with kv_caching(False)"
             )
+
+    def _attend_cached(self, qkv_BT3HD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        self._check_no_gradient(qkv_BT3HD)
         store, tokens = self._kv_store(qkv_BT3HD), qkv_BT3HD.shape[1]
         step = store.open(tokens)
         if attn_bias is None and self._dropout == 0:

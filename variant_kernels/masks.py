@@ -20,6 +20,7 @@ from torch._C import (
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
+from torch.compiler import is_exporting
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from variant_kernels.plans.scale_layout import ScaleLayout
@@ -98,7 +99,7 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
         A layout of scales (1, tokens), or None; None too for a mask without values, or
         from which derivatives are wanted.
     """
-    if bias.requires_grad:
+    if bias.requires_grad or is_exporting():  # what is exported is a graph for any mask
         return None
     return _cached_layout(bias)
 

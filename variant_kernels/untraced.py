@@ -9,6 +9,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch._compile import _disable_dynamo
 
+# Torch's error with fullgraph=True has it.
+REASON = (
+    "variant_kernels calls it outside of graphs, because its result depends on values or on the "
+    "state of a generation; compile with fullgraph=False, export with strict=False"
+)
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -20,7 +25,9 @@ def untraced(function: Call) -> Call:
     0.06 s like this, 7 and 0.03 s for the original code). Without torch.compile, torch._dynamo is
     not imported: 2 s of CPU, which torch.compiler.disable takes.
     """
-    skipped = _disable_dynamo(function)
+    skipped: Any = _disable_dynamo(function)
+    # As torch.compiler.disable(reason=...) sets them.
+    skipped._torchdynamo_disable, skipped._torchdynamo_disable_msg = True, REASON
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:

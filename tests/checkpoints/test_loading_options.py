@@ -1,6 +1,7 @@
 """Options of from_pretrained and save_pretrained, and weights in several files."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from small_models import small_model
 
 from variant import UserError, VARiant
 from variant.checkpoints.original_var import load_original, save_original
+from variant.cli.main import main
 from variant.training.initial_weights import Weights
 
 
@@ -396,6 +398,13 @@ def test_strict_false_of_original_files_names_what_does_not_fit(tmp_path):
         ({"t": torch.ones(1)}, TypeError, r"extra\['t'\] must be .*\(Tensor\)"),
         ({"t": torch.ones((), device="meta")}, TypeError, r"extra\['t'\] must be .*\(Tensor\)"),
         ({"t": np.complex64(1)}, TypeError, r"extra\['t'\] must be .*\(complex64\)"),
+        (
+            {"a": {"b": [1, math.nan]}},
+            ValueError,
+            r"extra\['a'\]\['b'\]\[1\] must be fin.*; got nan",
+        ),
+        ({"t": torch.tensor(math.nan)}, ValueError, r"extra\['t'\] must be finite.*got nan"),
+        ({"t": -np.float32("inf")}, ValueError, r"extra\['t'\] must be finite.*got -inf"),
         ({"format": "mine"}, ValueError, "extra must not have the key 'format'"),
         ({"var": {}}, ValueError, "extra must not have the key 'var'"),
         ({3: "x"}, TypeError, "the keys of extra must be text; got 3"),
@@ -418,6 +427,19 @@ def test_a_refused_extra_leaves_the_model_and_the_folder_as_they_were(
     assert model.extra == {"classes": ["a", "b"]}
     model.save_pretrained(tmp_path / "third")
     assert VARiant.from_pretrained(tmp_path / "third").extra == {"classes": ["a", "b"]}
+
+
+def test_numbers_of_json_that_is_none_are_read_and_converted_to_text(tmp_path):
+    folder = tmp_path / "first"
+    small_model().save_pretrained(folder, {"loss": 7.25})
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("7.25", "NaN"))
+    model = VARiant.from_pretrained(folder)
+    assert math.isnan(model.extra["loss"])
+    with pytest.raises(ValueError, match=r"extra\['loss'\] must be finite"):
+        model.save_pretrained(tmp_path / "second")
+    assert main(["convert", "--model", str(folder), "--out", str(tmp_path / "second")]) == 0
+    assert VARiant.from_pretrained(tmp_path / "second").extra == {"loss": "NaN"}
 
 
 def test_numbers_of_numpy_and_torch_in_extra(tmp_path):

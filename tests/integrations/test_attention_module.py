@@ -348,6 +348,22 @@ def test_compiled_layer_gives_the_same_and_its_gradients():
         close(grads[name], parameter.grad, 10)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_takes_any_mask(strict):
+    _, ours = pair()
+    x, bias = torch.randn(2, LAYOUT.total, 64), causal()
+    exported = torch.export.export(ours, (x, bias), strict=strict).module()
+    for mask in (bias, bias.flip(-1)):
+        close(exported(x, mask), ours(x, mask))
+
+
+def test_a_graph_that_must_be_whole_is_refused_with_a_remedy():
+    _, ours = pair()
+    whole = torch.compile(ours, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match=r"variant_kernels calls it outside .* fullgraph=False"):
+        whole(torch.randn(2, LAYOUT.total, 64), causal())
+
+
 def test_copies_pickles_and_moves():
     _, ours = pair()
     x = torch.randn(2, 4, 64)

@@ -245,7 +245,14 @@ def test_ways_to_generate_that_pages_cannot_serve_are_refused():
         with pytest.raises(PatchError, match="must get scale_schedule"):
             block(torch.zeros(1, 1, 64), torch.zeros(1, 1, 6, 64), torch.zeros(1, 3, 64), None)
         attention.kv_caching(False)
-        with pytest.raises(ValueError, match="no rotation for the scales"):
+        with pytest.raises(PatchError, match="no rotation for the scales"):
             paint(model, [(1, 1, 1), (1, 5, 5)])
         with pytest.raises(ValueError, match="bridge must be an integer >= 0"):
             patch(lookalike(), depth=2, bridge=-1)
+
+
+def test_a_generation_with_gradients_is_refused():
+    model = lookalike()
+    paint_with_gradient = type(model).autoregressive_infer_cfg.__wrapped__
+    with patch(model), pytest.raises(PatchError, match=r"^patch: generation has no gradient; run"):
+        paint_with_gradient(model, TEXT, SQUARE, g_seed=5)

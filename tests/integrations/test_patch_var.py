@@ -432,6 +432,13 @@ def test_a_call_that_fits_no_scale_is_refused():
             model.blocks[0](x=x, cond_BD=cond, attn_bias=None)
 
 
+def test_a_generation_with_gradients_is_refused():
+    model = lookalike()
+    generate = type(model).autoregressive_infer_cfg.__wrapped__
+    with patch(model), pytest.raises(PatchError, match=r"^patch: generation has no gradient; run"):
+        generate(model, 2, torch.tensor([1, 2]), g_seed=1)
+
+
 @pytest.mark.parametrize("attn_drop", [0.0, 0.2])
 @pytest.mark.parametrize("shared", [False, True])
 def test_training_gives_the_same_gradients(shared, attn_drop):

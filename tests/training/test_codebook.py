@@ -17,7 +17,7 @@ from variant.training.codebook import CodebookTraining, kmeans_means, revive_cod
 from variant.training.distributed import Ranks
 from variant.training.logging_section import LoggingSection
 from variant.training.meters import Meters
-from variant.training.vae_task import train_vae
+from variant.training.vae_task import VAETask, train_vae
 
 
 class ThreadRanks(Ranks):
@@ -251,6 +251,19 @@ def test_codes_far_from_the_origin_have_the_entropy_of_codes_near_it():
     expected = entropy_term(vectors, codes, 0.3)
     far = entropy_term((vectors + 1000).float(), (codes + 1000).float(), 0.3)
     torch.testing.assert_close(far.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("entropy", "accumulate"), [(0.5, 2), (0.5, 1), (0.0, 2)])
+def test_a_run_says_that_each_part_of_a_batch_has_an_entropy_term_of_its_own(
+    recipe, module, entropy, accumulate
+):
+    optim = dataclasses.replace(recipe.vae_training.optim, accumulate=accumulate)
+    training = dataclasses.replace(recipe.vae_training, entropy=entropy, optim=optim)
+    changed = dataclasses.replace(recipe, vae_training=training)
+    notes = VAETask(module, None, changed, CPU, steps=1).notes
+    assert ["within each of the 2 parts" in note for note in notes] == [True] * (
+        entropy > 0 and accumulate > 1
+    )
 
 
 def test_a_run_with_an_entropy_term_reports_it_and_trains_by_it(recipe, tmp_path):

@@ -1,6 +1,7 @@
 """The state of a run, and the metrics file that lists its epochs."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -43,6 +44,17 @@ def test_the_metrics_file_holds_the_history_and_the_epochs_after_it(tmp_path):
         {"epoch": 1},
         {"epoch": 2, "train": {"full": 0.5}},
     ]
+
+
+def test_a_loss_that_diverged_is_text_that_every_reader_of_json_takes(tmp_path):
+    metrics = MetricsFile(tmp_path, "var")
+    entry = {"epoch": 1, "train": {"full": math.nan}, "by_scale": [math.inf, -math.inf, 0.5]}
+    metrics.rewrite([entry])
+    metrics.append(entry)
+    for line in metrics.path.read_text().splitlines():
+        read = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert read["train"] == {"full": "NaN"}
+        assert [float(x) for x in read["by_scale"]] == entry["by_scale"]
 
 
 def test_a_new_run_has_no_metrics_file_before_its_first_epoch_ends(tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from variant.paths import json_text
+
 # The last digits of a double are noise in every measurement.
 SIGNIFICANT_DIGITS = 7
 
@@ -38,17 +40,15 @@ def result_text(result: Mapping[str, Any]) -> str:
     fields = []
     for name, value in result.items():
         if isinstance(value, list) and value:
-            items = ",\n".join(f"  {json.dumps(_rounded(item))}" for item in value)
+            items = ",\n".join(f"  {json_text(_rounded(item))}" for item in value)
             fields.append(f" {json.dumps(name)}: [\n{items}\n ]")
         else:
-            fields.append(f" {json.dumps(name)}: {json.dumps(_rounded(value))}")
+            fields.append(f" {json.dumps(name)}: {json_text(_rounded(value))}")
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
     if isinstance(value, Mapping):
         return {name: _rounded(item) for name, item in value.items()}

@@ -8,6 +8,7 @@ original_var.py reads and writes the original repository's files.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -120,6 +121,11 @@ def check_extra(op: str, extra: Mapping[str, Any]) -> None:
         if key in RESERVED:
             raise ValueError(f"{op}: extra must not have the key {key!r}, which config.json uses")
         where, wrong = _not_json(f"extra[{key!r}]", value) or (None, None)
+        if where is not None and isinstance(wrong, float):
+            raise ValueError(
+                f"{op}: {where} must be finite, as JSON has no other numbers; got {wrong}. The "
+                'text "NaN" and None can be written'
+            )
         if where is not None:
             raise TypeError(
                 f"{op}: {where} must be text, a number, a boolean, None, a list or a dictionary "
@@ -132,7 +138,7 @@ def check_extra(op: str, extra: Mapping[str, Any]) -> None:
 def _as_json(op: str, config: Mapping[str, Any]) -> str:
     """The text of config.json.  Raises: ValueError, if it could not be read again."""
     try:
-        text = json.dumps(config, indent=1, default=_number) + "\n"
+        text = json.dumps(config, indent=1, default=_number, allow_nan=False) + "\n"
         json.loads(text, object_pairs_hook=unique_keys)
     except ValueError as error:  # keys that are one text, a number of too many digits
         raise ValueError(
@@ -160,8 +166,10 @@ def _not_json(where: str, value: Any, depth: int = 0) -> tuple[str, Any] | None:
     if isinstance(value, list | tuple):
         places = (_not_json(f"{where}[{i}]", item, depth + 1) for i, item in enumerate(value))
         return next(filter(None, places), None)
-    plain = value is None or isinstance(value, str | int | float) or _number(value) is not None
-    return None if plain else (where, value)
+    number = value if isinstance(value, int | float) else _number(value)
+    if isinstance(number, float) and not math.isfinite(number):
+        return where, number
+    return None if value is None or isinstance(value, str) or number is not None else (where, value)
 
 
 def _number(value: object) -> bool | int | float | None:

@@ -23,6 +23,7 @@ from variant.cli.options import Convert
 from variant.cli.output import check_file, check_folder, checked_path, console
 from variant.errors import UserError
 from variant.models.placement import check_dtype
+from variant.paths import finite
 from variant.supernet import VARiant
 from variant.training.export import find_checkpoint, models_of
 from variant_kernels.wording import counted
@@ -71,12 +72,12 @@ def _read(command: Convert, folder: Path | None, checkpoint: Path | None) -> VAR
             checkpoint, weights=command.weights, vae=command.vae, dtype=dtype
         )
         model = VARiant(var, vae)
-        model.extra = extra
+        model.extra = finite(extra)
         return model
     if folder is not None:
         var, vae, config = load_model(folder, dtype)
         model = VARiant(var, vae)
-        model.extra = {k: v for k, v in config.items() if k not in ("format", "var", "vae")}
+        model.extra = {k: finite(v) for k, v in config.items() if k not in ("format", "var", "vae")}
         return model
     assert command.var is not None
     assert command.vae is not None

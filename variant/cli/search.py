@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ from variant.errors import UserError
 from variant.files import atomic_write
 from variant.folder_lock import clear_leftovers, locked_folder
 from variant.models.placement import check_device
-from variant.paths import path_kind, shown
+from variant.paths import json_text, path_kind, shown
 from variant.schedule_files import save_schedule
 from variant.search.compare import SAME, Row
 from variant.search.costs import KINDS
@@ -120,7 +119,7 @@ def _write(job: Job, best: Found, values: dict[str, Any]) -> None:
     command, path = job.command, job.folder / RECORD
     about = {"model": command.model, "data": job.data, "budget": job.budgets}
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.write_text(json_text(values, 1) + "\n")
         Path(os.path.realpath(path)).unlink(missing_ok=True)  # of a link what it names
         save_schedule(
             job.folder / SCHEDULE, job.schedule_of(best), {**about, "costs": {**best.costs}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from variant.engine.engine import Engine, kernels_of
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.files import atomic_write
-from variant.paths import path_kind
+from variant.paths import json_text, path_kind
 from variant.search.compare import Row, compare
 from variant.search.costs import Cost, KVCost, latency_cost, work_cost
 from variant.search.data import HeldOut, held_out
@@ -330,7 +329,7 @@ class Job:
             values = {"format": LATENCY_FORMAT, **settings, "repeats": REPEATS}
             # The callback by which the scales are timed keeps an engine from recording graphs.
             values["cuda_graphs"] = False
-            temporary.write_text(json.dumps({**values, "seconds": seconds}, indent=1) + "\n")
+            temporary.write_text(json_text({**values, "seconds": seconds}, 1) + "\n")
         return seconds
 
     def measured_latency(self, best: Found) -> dict[str, float] | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from variant.data.config import DataSection
 from variant.data.digits import LEVELS, NUM_CLASSES, SIDE, DigitsData, load_scans, shrink
 from variant.errors import UserError
 from variant.evaluation.kv_error import trained_depths
+from variant.paths import json_text
 from variant.supernet import VARiant
 from variant_kernels.wording import counted
 
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.json:
-        print(json.dumps({depth: dataclasses.asdict(r) for depth, r in reports.items()}))
+        print(json_text({depth: dataclasses.asdict(r) for depth, r in reports.items()}))
         return 0
     print(f"accuracy of the classifier on held-out real scans: {held_out_accuracy():.1%}")
     print(f"{'depth':>5}  {'images':>6}  recognised  spread/real  repeats  copies")

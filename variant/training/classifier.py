@@ -9,7 +9,6 @@ Axes: B images, I channels, 3 colours, Y X pixels, D features, C classes.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.initialised import conv2d, initialised
 from variant.models.pixels import checked_images, to_uint8
 from variant.models.ranges import Count, CountOrZero, Share
-from variant.paths import open_regular, path_kind, read_json, shown
+from variant.paths import json_text, open_regular, path_kind, read_json, shown
 from variant.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
@@ -184,7 +183,7 @@ def save_classifier(path: Path, classifier: Classifier, record: ClassifierRecord
     """Write the weights, and the record beside them as ``.json``.  Raises: UserError."""
     record_path = path.with_suffix(".json")
     with saving(path.parent), atomic_write(record_path) as temporary:
-        temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
+        temporary.write_text(json_text(record.__dict__, 1) + "\n")
         with atomic_write(path) as weights:
             write_safetensors(weights, classifier.state_dict())
             # It appears again last: whatever ends the process, no weights have another's record.

@@ -1,8 +1,10 @@
-"""The metrics file of a training run: JSON, one line per epoch."""
+"""The metrics file of a training run: JSON, one line per epoch.
+
+A loss that has diverged is the text "NaN", as JSON has no such number.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from variant.files import atomic_write
-from variant.paths import open_at_once
+from variant.paths import json_text, open_at_once
 
 
 class MetricsFile:
@@ -60,4 +62,4 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+    return json_text(entry) + "\n"

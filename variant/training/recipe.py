@@ -151,7 +151,8 @@ class VAETraining:
         coarse scales learn to hold as much of the image as they can; falls linearly to 0.
     kmeans: iterations of k-means over the features of the first batch, by which the codes start;
         0 starts them as single features (with revive_every) or at random.
-    entropy: weight of the entropy term: sure choices of codes, and all codes alike.
+    entropy: weight of the entropy term: sure choices of codes, and all codes alike;
+        within each part of a batch where accumulate makes several.
     entropy_temperature: of its softmax over distances, in units of the mean squared distance of two
         codes.
     weights: a trained VQ-VAE that is used instead: the folder of a finished `variant train-vae`, or

@@ -113,9 +113,9 @@ class Task(ABC):
         """
 
     @property
-    def note(self) -> str | None:
-        """A line to print before the first step."""
-        return None
+    def notes(self) -> Sequence[str]:
+        """Lines to print before the first step."""
+        return ()
 
     @property
     def num_evaluated(self) -> int:

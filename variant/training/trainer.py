@@ -124,8 +124,8 @@ class Trainer:
         self.console.print_start(
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
         )
-        if self.task.note is not None:
-            self.console.print_note(self.task.note)
+        for note in self.task.notes:
+            self.console.print_note(note)
         self.task.prepare(self.console.print_preparation)
         with (
             Interrupt().listening() as interrupt,

@@ -112,10 +112,16 @@ class VAETask(Task):
         return False
 
     @property
-    def note(self) -> str | None:
-        if self.perceptual is None:
-            return None
-        return f"perceptual loss: {self.perceptual.what}"
+    def notes(self) -> list[str]:
+        optim, notes = self.training.optim, []
+        if self.perceptual is not None:
+            notes.append(f"perceptual loss: {self.perceptual.what}")
+        if self.training.entropy and optim is not None and optim.accumulate > 1:
+            notes.append(
+                f"entropy term: within each of the {optim.accumulate} parts of a batch, not over "
+                "all of it; a smaller accumulate takes more images together"
+            )
+        return notes
 
     def after_backward(self, step: int, rate: float) -> Tensor | None:
         if self.discriminator is None or not self.discriminator.starts_by(step):

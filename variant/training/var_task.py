@@ -30,6 +30,7 @@ from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import freeze_full_network, zone_of, zone_parameters
+from variant.paths import finite
 from variant.torch_modes import modes_of_a_new_process
 from variant.training.configurations import FULL, Configurations
 from variant.training.distillation import Teacher, distillation_loss
@@ -88,15 +89,15 @@ class VARTask(Task):
         self._labels_N = torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
-    def note(self) -> str | None:
+    def notes(self) -> list[str]:
         kind = self.recipe.schedule.zone_weights
         if kind == "shared":
-            return None
+            return []
         own = sum(weight.numel() for weight in zone_parameters(self.var))
-        return (
+        return [
             f'zone_weights "{kind}": {counted(own, "parameter")} are trained, the full network is '
             "frozen; every step trains a subnet"
-        )
+        ]
 
     def choose_teacher(self, ema: EMA | None) -> None:
         kind = self.recipe.schedule.teacher
@@ -396,7 +397,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     }
     if recipe.vae_training.weights is None:
         training["vqvae_loss"] = recipe.vae_training.loss_text
-    extra = {"training": training}
+    extra = {"training": finite(training)}  # losses may have diverged
     weights = whole(module.state_dict(), keep=setup.ranks.is_first)
     if setup.ranks.is_first:
         plain = VAR(module.config).eval()

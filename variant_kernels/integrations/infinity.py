@@ -128,8 +128,7 @@ class InfinityAttention(PatchedAttention):
         return q_BTHD, k_BTHD, v_BTHD
 
     def _attend_pages(self, qkv_BT3HD: Tensor, cos_sin_2TF: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and qkv_BT3HD.requires_grad:
-            raise RuntimeError("patch: generation has no gradient; run it under torch.no_grad()")
+        self._check_no_gradient(qkv_BT3HD)
         store = self._kv_store(qkv_BT3HD)
         step = store.open(qkv_BT3HD.shape[1])
         q_BTHD, k_BTHD, v_BTHD = self._rotated(qkv_BT3HD, cos_sin_2TF)
@@ -143,17 +142,17 @@ def cos_sin(grid: dict[str, Tensor], scale_schedule: Scales, scale: int, x: Tens
     """Cosines and sines, (2, T, F), for T tokens from the first one of ``scale`` on.
 
     Raises:
-        ValueError: the model has no angles for these scales, or too few.
+        PatchError: the model has no angles for these scales, or too few.
     """
     name = str(tuple(scale_schedule))
     if name not in grid:
-        raise ValueError(f"patch: Infinity has no rotation for the scales {name}")
+        raise PatchError(f"patch: Infinity has no rotation for the scales {name}")
     start = sum(t * h * w for t, h, w in scale_schedule[:scale])
     # (2, 1, 1, 1, L, F); stored on the device of the last use, as the original code does.
     grid[name] = grid[name].to(x.device)
     cos_sin_2TF = grid[name][:, 0, 0, 0, start : start + x.shape[1]]
     if cos_sin_2TF.shape[1] != x.shape[1]:
-        raise ValueError(
+        raise PatchError(
             f"patch: Infinity has rotations for {counted(grid[name].shape[4], 'token')} of the "
             f"scales {name}; got {x.shape[1]} from {start}"
         )

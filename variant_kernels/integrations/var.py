@@ -25,7 +25,7 @@ from variant_kernels.integrations.alterations import (
 )
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.cast_once import CastOnceLinear, autocast_dtype, without_autocast
-from variant_kernels.integrations.runtime import Runtime, can_cast_once
+from variant_kernels.integrations.runtime import PatchError, Runtime, can_cast_once
 from variant_kernels.integrations.var_generation import LayerPages, Layers, VARRuntime, version_of
 from variant_kernels.kv_cache import KVStore
 from variant_kernels.masks import layout_of
@@ -57,6 +57,13 @@ class PatchedAttention(Patched, AttentionForward):
             return super()._project(x_BTC)
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         return self._heads(runtime.linear(x_BTC, self.mat_qkv, bias, dtype))
+
+    def _check_no_gradient(self, qkv_BT3HD: Tensor) -> None:
+        if torch.is_grad_enabled() and qkv_BT3HD.requires_grad:
+            raise PatchError(
+                "patch: generation has no gradient; run it under torch.no_grad() or "
+                "torch.inference_mode(), or unpatch() the model first"
+            )
 
     def _kv_store(self, qkv_BT3HD: Tensor) -> KVStore:
         runtime: VARRuntime = self.patch_state.runtime

@@ -164,5 +164,5 @@ def _gradient_norms(path: Path, recipe: Recipe, steps: int) -> dict[str, float] 
             count += names.count(name)
             for group in sums:
                 norm = line.get(f"gradient_norm/{name}/{group}", 0.0)
-                sums[group] += norm * names.count(name)
+                sums[group] += float(norm) * names.count(name)
     return {group: total / count for group, total in sums.items()} if count else None
