@@ -1,25 +1,33 @@
 """Whole training steps against definitions in float64 that share no model code with the package.
 
 Axes: B images, L tokens of all scales, C width, H heads, D width of one head, 6 the parts of a
-block's modulation, 2 its branches.
+block's modulation, 2 its branches; R vectors of a scale, V codes.
 """
 
+import copy
 import dataclasses
 import math
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 from tiny_runs import CPU, quiet
 
 from variant.data.encode import encode_images
+from variant.models.config import VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.ema import EMASection
+from variant.training.perceptual import PerceptualLoss
+from variant.training.recipe import VAETraining
 from variant.training.run_setup import RunSetup
 from variant.training.trainer import Trainer
+from variant.training.vae_sections import AdversarySection, PerceptualSection
+from variant.training.vae_task import VAETask
 from variant.training.var_task import VARTask
 
-STREAM_ORDER, STREAM_DROPS = 1, 7
+STREAM_ORDER, STREAM_SCALES, STREAM_DROPS = 1, 6, 7
 
 
 def norm(x, eps):
@@ -119,7 +127,7 @@ def snapshot(trainer):
     }
 
 
-def near(value, wanted, tolerance=1e-5):
+def near(value, wanted, tolerance=3e-5):
     return (value - wanted).norm() <= tolerance * wanted.norm() + 1e-12
 
 
@@ -200,7 +208,7 @@ def test_steps_of_the_transformer(recipe, tmp_path):
             configuration.schedule.layers,
             *drops_of(module.config, recipe.seed, step, indices),
         )
-        assert abs(loss - wanted.item()) < 1e-5
+        assert loss == pytest.approx(wanted.item(), rel=1e-6)
         gradients = torch.autograd.grad(wanted, [*weights.values()], allow_unused=True)
         rate = 1e-3 * min(1, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / total))
         size = check_update(
@@ -220,3 +228,129 @@ def test_steps_of_the_transformer(recipe, tmp_path):
         assert abs(values[f"gradient_norm/{configuration.name}/all"] - size) < 1e-5 * size
     assert names == {"full", "2"}
     assert min(sizes) < optim.clip < max(sizes)
+
+
+def quantised(vae, f, num_scales, temperature):
+    """The features that are decoded, the quantiser's loss, the entropy term of the first scales."""
+    sides, quantizer, beta = vae.config.patch_nums, vae.quantize, vae.config.beta
+    codes_VC, size, last = quantizer.embedding.weight, sides[-1], len(sides) - 1
+    with torch.no_grad():
+        spread = (codes_VC.unsqueeze(1) - codes_VC).square().sum(2).mean()
+    f_hat, loss, entropies = torch.zeros_like(f), 0.0, []
+    for k in range(num_scales):
+        rest = F.interpolate(f - f_hat.detach(), size=(sides[k],) * 2, mode="area")
+        rest_RC = rest.permute(0, 2, 3, 1).flatten(0, 2)
+        distance_RV = (rest_RC.unsqueeze(1) - codes_VC).square().sum(2)
+        log_RV = (-distance_RV / (temperature * spread)).log_softmax(1)
+        mean_V = log_RV.exp().mean(0)
+        entropies.append((mean_V * mean_V.log()).sum() - (log_RV.exp() * log_RV).sum(1).mean())
+        h = codes_VC[distance_RV.argmin(1)].view(len(f), sides[k], sides[k], -1).permute(0, 3, 1, 2)
+        if k < last:
+            h = F.interpolate(h, size=(size, size), mode="bicubic")
+        conv = quantizer.quant_resi[k]  # one for each scale
+        h = h / 2 + F.conv2d(h, conv.weight, conv.bias, padding=1) / 2
+        f_hat = f_hat + h
+        loss = loss + beta * (f - f_hat.detach()).square().mean()
+        loss = loss + (f_hat - f.detach()).square().mean()
+    straight = f
+    if num_scales <= last:
+        small = F.interpolate(f, size=(sides[num_scales - 1],) * 2, mode="area")
+        straight = F.interpolate(small, size=(size, size), mode="bicubic")
+    decoded = straight + (f_hat - straight).detach()
+    return decoded, loss / num_scales, torch.stack(entropies).mean()
+
+
+def colour_maps(images):
+    return [images, images.roll(1, dims=1) * images]
+
+
+def distance(images, others):
+    total = 0.0
+    for one, other in zip(colour_maps(images), colour_maps(others), strict=True):
+        one, other = (x / x.square().sum(1, keepdim=True).sqrt() for x in (one, other))
+        total += (one - other).square().sum(1).mean() / 2
+    return total
+
+
+def lecam(averages, real, fake):
+    return ((real - averages[1]).relu() ** 2).mean() + ((averages[0] - fake).relu() ** 2).mean()
+
+
+def test_steps_of_the_vqvae(recipe, tmp_path):
+    """All losses, in parts. The networks are the package's, in float64."""
+    optim = dataclasses.replace(recipe.optim, accumulate=2, clip=2.0, weight_decay=0.3)
+    training = VAETraining(
+        epochs=2,
+        optim=optim,
+        reconstruction=3.0,
+        scale_dropout=0.5,
+        entropy=0.2,
+        entropy_temperature=0.5,
+        perceptual=PerceptualSection(weight=0.4),
+        adversary=AdversarySection(
+            weight=0.6, width=4, layers=1, regularizer="lecam", regularizer_weight=0.3
+        ),
+        ema_decay=0.8,
+    )
+    config = VQVAEConfig(8, 4, 64, (1, 1), 1, (1, 2, 4), share_quant_resi=0)
+    recipe = dataclasses.replace(recipe, vae=config, vae_training=training)
+    setup = RunSetup("vae", recipe, optim, tmp_path, device=CPU)
+    torch.manual_seed(0)
+    perceptual = PerceptualLoss(colour_maps, "products of colours")
+    module = VQVAE(config)
+    torch.nn.init.normal_(module.quantize.embedding.weight)
+    task = VAETask(module, setup.data, recipe, CPU, 4, perceptual=perceptual)
+    trainer, adversary = Trainer(task, setup, 2, quiet()), task.discriminator
+    assert adversary is not None
+    counts = []
+    for step in range(2):
+        vae, judge = VQVAE(config).double(), copy.deepcopy(adversary.discriminator).double()
+        vae.load_state_dict(module.state_dict())
+        averages = adversary.module.get_buffer("averages").double()
+        before = snapshot(trainer)
+        loss, after = trainer._train_step(), snapshot(trainer)
+        trainer.state.step += 1
+
+        rng = np.random.default_rng((0, step, STREAM_SCALES))
+        num_scales = int(rng.integers(1, 3)) if rng.random() < 0.5 * (1 - step / 4) else 3
+        counts.append(num_scales)
+        order = np.random.default_rng((0, 0, STREAM_ORDER)).permutation(24)
+        indices = order[step * 12 :][:12]
+        total, of_judge = torch.zeros(2, dtype=torch.float64)
+        means = torch.zeros(2)
+        for part in np.split(indices, 2):
+            images = setup.data.samples(part, 0).images.double()
+            decoded, quantisation, entropy = quantised(
+                vae, vae.quant_conv(vae.encoder(images)), num_scales, 0.5
+            )
+            made = vae.decoder(vae.post_quant_conv(decoded))
+            like = 3 * (made - images).square().mean() + 0.4 * distance(made, images)
+            fooled, last = -judge(made).mean(), vae.decoder.conv_out.weight
+            above, below = (
+                torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (like, fooled)
+            )
+            total = total + (like + 0.6 * above / below * fooled + quantisation + 0.2 * entropy) / 2
+            real, fake = judge(images), judge(made.detach())
+            of_judge = of_judge + ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 4
+            if step:
+                of_judge = of_judge + 0.3 * lecam(averages, real, fake) / 2
+            means = means + torch.stack((real.mean(), fake.mean())).detach() / 2
+        assert loss == pytest.approx(total.item(), rel=1e-6)
+        names, weights = zip(*vae.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+        check_update(
+            optim,
+            1e-3,
+            0.8,
+            before,
+            after,
+            dict(zip(names, gradients, strict=True)),
+            lambda name, value: value.dim() < 2 or "embedding" in name,
+        )
+        gradients = torch.autograd.grad(of_judge, [*judge.parameters()])
+        size = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        measured = trainer.log.meters.means()["gradient_norm/discriminator"]
+        assert abs(measured - size) < 1e-4 * size
+        means = averages.lerp(means, 0.01) if step else means
+        assert (adversary.module.get_buffer("averages") - means).abs().max() < 1e-6
+    assert counts == [3, 1]  # the second has no gradient for two convolutions
