@@ -131,12 +131,11 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
         shards = sorted(each for each in path.glob("*.tar") if not each.name.startswith("."))
         if not shards:
             return _folder(path)
-        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        image = next(filter(_is_image, names), None)
+        image = next((each for each in _listed(path) if _is_image(each.name)), None)
         if image is not None:
             raise UserError(
-                f"{shown(path)}: holds shards ({shards[0].name}) and images ({image}); give a "
-                "folder of one of them"
+                f"{shown(path)}: holds shards ({shards[0].name}) and images "
+                f"({shown(image.relative_to(path))}); give a folder of one of them"
             )
         return _shards(path, shards)
     if path.suffix == ".tar":
@@ -286,10 +285,7 @@ def _reason(error: Exception) -> str:
 
 
 def _folder(folder: Path) -> ImageSet:
-    try:
-        below = sorted(_images_below(folder))
-    except OSError as error:
-        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
+    below = _listed(folder)
     paths = [path for path in below if _is_image(path.name)]
     if len(paths) < len(below):
         over = [path for path in below if not _is_image(path.name)]
@@ -302,6 +298,14 @@ def _folder(folder: Path) -> ImageSet:
             return _image_bytes(file, os.fstat(file.fileno()).st_size)
 
     return _encoded(folder, [str(path) for path in paths], content)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """:func:`_images_below`, sorted.  Raises: UserError, if a folder cannot be listed."""
+    try:
+        return sorted(_images_below(folder))
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
