@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
@@ -34,11 +38,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
 def has_values(*tensors: Tensor | None) -> bool:
     """Whether the values can be read now: of plain tensors on the CPU that are not empty.
 
-    Not in a graph, which has torch's own operators, nor where a dispatch mode watches them, such as
-    torch's counter of FLOP. Those of ``vmap`` and of batched gradients have no address.
+    Not in a graph, also one that ``torch.jit`` traces, which has torch's own operators, nor where a
+    dispatch mode watches them, such as torch's counter of FLOP. Those of ``vmap`` and of batched
+    gradients have no address.
     """
     return (
         not is_compiling()
+        and _get_tracing_state() is None
         and _len_torch_dispatch_stack() == 0
         and all(
             x is None

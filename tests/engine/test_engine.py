@@ -184,6 +184,17 @@ def test_partial_results_grow_and_decode():
     assert seen == [(k, (2, n), shape) for k, n in enumerate((1, 5, 21, 70))]
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_copy_of_a_partial_result_has_its_images(copied):
+    parts = []
+    small_model().generate([1, 2], seed=3, on_scale=lambda _, part: parts.append(part))
+    for theirs in parts:
+        ours = copied(theirs)
+        assert ours.scale == theirs.scale
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.equal(ours.images(), theirs.images())
+
+
 def test_zero_guidance_runs_no_unconditional_half_and_changes_nothing():
     golden, engine = golden_engine("plain")
     label = golden.tensors["label"]

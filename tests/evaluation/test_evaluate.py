@@ -446,6 +446,9 @@ def test_bad_sets_get_one_line(tmp_path):
         assert "arr_0 must be uint8 (N, Y, X, 3)" in refusal(tmp_path / f"{name}.npz")
     write_tar(write_folder(tmp_path / "both", array(1, 2)) / "a.tar", array(1, 2))
     assert "holds shards (a.tar) and images (00000_class0.png)" in refusal(tmp_path / "both")
+    (tmp_path / "below").mkdir()
+    write_tar(write_folder(tmp_path / "below/cat", array(1, 2)).parent / "a.tar", array(1, 2))
+    assert "(a.tar) and images (cat/00000_class0.png); give" in refusal(tmp_path / "below")
     (tmp_path / "wide").mkdir()
     Image.fromarray(array(1, 1)[0, ..., 0].astype(np.uint16) * 257).save(tmp_path / "wide/a.png")
     assert "a.png: must have 8 bits per channel; its pixels are of mode I;16" in refusal(

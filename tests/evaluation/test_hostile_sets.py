@@ -224,6 +224,23 @@ def write_tar(path, names, mode="w", **headers):
     return path
 
 
+def test_hidden_files_of_a_tar_are_passed_over(tmp_path):
+    names = ["./._a.png", "./a.png", ".cache/b.png", "../up/c.png", "._d.tif"]
+    write_tar(tmp_path / "s.tar", names)
+    (tmp_path / "._s.tar").write_bytes(b"of macOS")
+    for path in (tmp_path, tmp_path / "s.tar"):
+        seen = [name.rpartition(": ")[2] for name in open_images(path).names]
+        assert seen == ["../up/c.png", "./a.png"]
+
+
+def test_images_of_other_formats_in_a_tar_are_named(tmp_path):
+    write_tar(tmp_path / "s.tar", ["a.png", "b.tif", "/c.GIF", "d.txt"])
+    with pytest.warns(RuntimeWarning, match=r"s\.tar: passes over c\.GIF, b\.tif: an image ends"):
+        assert open_images(tmp_path / "s.tar").count == 1
+    with pytest.warns(RuntimeWarning, match=r": passes over s\.tar/c\.GIF, s\.tar/b\.tif: an im"):
+        assert open_images(tmp_path).count == 1
+
+
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
 def test_a_compressed_tar_is_named_as_such(tmp_path, mode):
     """Its images cannot be read at their places, which are those of the content."""

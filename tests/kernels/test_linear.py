@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from variant_kernels.gelu import gelu
 from variant_kernels.linear import linear, product
 from variant_kernels.packed_linear import pack, packed_linear
 
@@ -164,3 +165,16 @@ def test_product_has_no_gradient_and_the_same_bits(calls):
     x, weight, bias = (x.detach() for x in inputs_of())
     assert torch.equal(product(x, weight, bias), linear(x, weight, bias))
     assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_torch_jit_traces_it(grad):
+    def layer(x, weight):
+        return gelu(linear(x, weight))
+
+    weight = torch.randn(5, 8, requires_grad=grad)
+    trace = torch.jit.trace(layer, (torch.randn(3, 8), weight))
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(trace(x, weight), layer(x, weight))
+    assert "PythonOp" not in str(trace.graph)  # it can be saved

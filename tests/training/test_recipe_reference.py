@@ -148,6 +148,19 @@ def test_keys_are_read_from_a_docstring():
     )
 
 
+def test_a_recipe_is_printed_without_docstrings(monkeypatch, tmp_path):
+    # As under python -OO.
+    recipe = load_recipe("digits")
+    for section in sections():
+        monkeypatch.setattr(section.kind, "__doc__", None)
+    sections.cache_clear()
+    try:
+        (tmp_path / "digits.toml").write_text(recipe_toml(recipe))
+    finally:
+        sections.cache_clear()
+    assert load_recipe(str(tmp_path / "digits.toml")) == recipe
+
+
 @pytest.mark.parametrize(
     ("hint", "text"),
     [

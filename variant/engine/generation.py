@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -169,6 +170,7 @@ class PartialResult:
     """The argument of ``on_scale``: the tokens so far, and the images that they decode to.
 
     scale: the scale that has just finished.  tokens: (B, tokens of scales 0..scale) int64.
+    A copy, also one by ``pickle``, holds the images in place of the engine that decodes them.
     """
 
     scale: int
@@ -178,6 +180,10 @@ class PartialResult:
     def images(self) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1]; runs the VQ-VAE decoder."""
         return self._decode()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # To another process, which lacks the decoder, it goes with its images.
+        return PartialResult, (self.scale, self.tokens, partial(torch.clone, self.images()))
 
 
 @dataclass(frozen=True)

@@ -128,15 +128,14 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
     if kind is None:
         raise UserError(f"{shown(path)}: not found; give a folder of images, a .tar or an .npz")
     if kind == "folder":
-        shards = sorted(path.glob("*.tar"))
+        shards = sorted(each for each in path.glob("*.tar") if not each.name.startswith("."))
         if not shards:
             return _folder(path)
-        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        image = next(filter(_is_image, names), None)
+        image = next((each for each in _listed(path) if _is_image(each.name)), None)
         if image is not None:
             raise UserError(
-                f"{shown(path)}: holds shards ({shards[0].name}) and images ({image}); give a "
-                "folder of one of them"
+                f"{shown(path)}: holds shards ({shards[0].name}) and images "
+                f"({shown(image.relative_to(path))}); give a folder of one of them"
             )
         return _shards(path, shards)
     if path.suffix == ".tar":
@@ -302,10 +301,7 @@ def _reason(error: Exception) -> str:
 
 
 def _folder(folder: Path) -> ImageSet:
-    try:
-        below = sorted(_images_below(folder))
-    except OSError as error:
-        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
+    below = _listed(folder)
     paths = [path for path in below if _is_image(path.name)]
     if len(paths) < len(below):
         over = [path for path in below if not _is_image(path.name)]
@@ -318,6 +314,14 @@ def _folder(folder: Path) -> ImageSet:
             return _image_bytes(file, os.fstat(file.fileno()).st_size)
 
     return _encoded(folder, [str(path) for path in paths], content)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """:func:`_images_below`, sorted.  Raises: UserError, if a folder cannot be listed."""
+    try:
+        return sorted(_images_below(folder))
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -358,10 +362,16 @@ def _shards(where: Path, shards: Sequence[Path]) -> ImageSet:
     """The images of tar files, read at their places."""
     places: list[tuple[Path, int, int]] = []
     names: list[str] = []
+    over: list[Path] = []
     for shard in shards:
-        members = _members(shard)
+        found = _members(shard)
+        members = [member for member in found if _is_image(member.name)]
+        others = (member.name for member in found if not _is_image(member.name))
+        over += [Path(shard, name.lstrip("/")) for name in others]
         places += [(shard, member.offset_data, member.size) for member in members]
         names += [f"{shard}: {member.name}" for member in members]
+    if over:
+        warnings.warn(passed_over(where, over), RuntimeWarning, stacklevel=3)
     if not places:
         raise UserError(f"{shown(where)}: holds no image ({', '.join(SUFFIXES)})")
 
@@ -375,7 +385,9 @@ def _shards(where: Path, shards: Sequence[Path]) -> ImageSet:
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
-    """The images in a tar file, by their names.
+    """The images in a tar file, by their names, without hidden ones.
+
+    Those of other formats, which are not read, are among them.
 
     Raises:
         UserError: it is none, compressed, or holds sparse files, whose bytes are not in one place.
@@ -383,7 +395,7 @@ def _members(shard: Path) -> list[tarfile.TarInfo]:
     with open_regular(shard) as file:
         try:
             with tarfile.open(fileobj=_Headers(file.fileno(), closefd=False), mode="r:") as archive:
-                members = [m for m in archive if m.isfile() and _is_image(m.name)]
+                members = [m for m in archive if m.isfile() and _is_seen(m.name)]
         except Exception as error:  # the bytes decide what tarfile raises, e.g. a RecursionError
             # Looked for last: a plain .tar begins with the name of its first file.
             if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
@@ -412,6 +424,14 @@ class _Headers(io.FileIO):
 
 def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES
+
+
+def _is_seen(name: str) -> bool:
+    """Whether a name in a tar file is that of an image of any format, neither it nor its folder
+    hidden: the tar of macOS writes ``._1.png`` beside each ``1.png``."""
+    path = Path(name)
+    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+    return path.suffix.lower() in ALL_SUFFIXES and not hidden
 
 
 def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes]) -> ImageSet:

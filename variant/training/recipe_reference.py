@@ -102,14 +102,18 @@ def _section(title: str, kind: type, names: list[str] | None = None) -> Section:
 
 
 def documented(kind: type) -> tuple[str, dict[str, str]]:
-    """The first paragraph of a dataclass's docstring, and the text of every field it documents."""
+    """The first paragraph of a dataclass's docstring, and the text of every field it documents.
+
+    Under ``python -OO`` there are no docstrings, and no texts.
+    """
     names = "|".join(field.name for field in dataclasses.fields(kind))
     doc = inspect.cleandoc(kind.__doc__ or "")
     entry = rf"(?:^|\n\s*|  )((?:{names})(?:, (?:{names}))*): "
     matches = list(re.finditer(entry, doc))
     texts = {}
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
-        text = doc[match.end() : following.start() if following else len(doc)]
+    ends = [*(match.start() for match in matches[1:]), len(doc)]
+    for match, end in zip(matches, ends, strict=False):
+        text = doc[match.end() : end]
         text = re.split(r"\n\s*\n|\n\w+:", text)[0]
         for name in match[1].split(", "):
             texts[name] = _prose(text)
@@ -210,9 +214,9 @@ def _key_lines(section: Section, value: Any, every_key: bool) -> Iterator[str]:
         if plain == key.default and not every_key:
             continue
         if plain is None:
-            yield f"# {key.name} (not set; {key.values}): {key.text}"
+            yield f"# {key.name} (not set; {key.values}): {key.text}".rstrip(": ")
         else:
-            yield f"# {key.text} ({key.values})"
+            yield f"# {f'{key.text} ({key.values})'.lstrip()}"
             yield f"{key.name} = {toml_value(plain)}"
 
 
