@@ -9,7 +9,7 @@ def _kernels(*stems: str) -> tuple[str, ...]:
     return tuple(f"tests/kernels/test_{stem}.py" for stem in stems)
 
 
-_PLANS = _kernels("cache_plan", "plan_arguments")
+_PLANS = _kernels("cache_plan", "depth_schedule", "plan_arguments")
 _CHECKS = _kernels("refusals", "derivatives")
 
 
@@ -42,7 +42,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.arguments": _kernels("arguments"),
     "variant_kernels.tensors": _kernels("tensors"),
     "variant_kernels.dispatch.select": _kernels("dispatch"),
-    "variant_kernels.dispatch.support": _kernels("dispatch"),
+    "variant_kernels.dispatch.support": _kernels("dispatch", "library_backends"),
     "variant_kernels.dispatch.explain": _kernels("dispatch"),
     "variant_kernels.ops.contract": _kernels("contract"),
     "variant_kernels.ops.pages": (*_kernels("paged_attention", "kv8"), *_CHECKS),
