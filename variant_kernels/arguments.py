@@ -32,19 +32,19 @@ def integer(
         TypeError: the value is no integer (3.0, True and "3" are none).
         ValueError: it is out of range.
     """
-    if type(value) is int and (low is None or value >= low) and (high is None or value <= high):
-        return value  # the common case, without the text of the range
-    expected = " ".join(filter(None, ("an integer", _range(low, high), note)))
-    if _is_bool(value) or not isinstance(value, SupportsIndex):
-        raise _wrong_type(op, name, expected, value)
-    try:
-        number = index(value)
-    # Of several values, of fractions, without values (on meta), or a class's own error.
-    except Exception:
-        raise _wrong_type(op, name, expected, value) from None
-    if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"{op}: {name} must be {expected}; got {shown(number)}")
-    return number
+    if type(value) is int:
+        number = value
+    else:
+        try:
+            number = _index(value)
+        # Of several values, of fractions, without values (on meta), or a class's own error.
+        except Exception:
+            expected = _expected("an integer", low, high, note)
+            raise _wrong_type(op, name, expected, value) from None
+    if (low is None or number >= low) and (high is None or number <= high):
+        return number
+    expected = _expected("an integer", low, high, note)
+    raise ValueError(f"{op}: {name} must be {expected}; got {shown(number)}")
 
 
 def real(
@@ -59,7 +59,7 @@ def real(
 
     Args and Raises: as :func:`integer`; NaN and infinities are out of every range.
     """
-    expected = " ".join(filter(None, ("a finite number", _range(low, high), note)))
+    expected = _expected("a finite number", low, high, note)
     if not isinstance(value, SupportsFloat) or not _is_real(value):
         raise _wrong_type(op, name, expected, value)
     try:
@@ -82,7 +82,7 @@ def boolean(op: str, name: str, value: object) -> bool:
     """
     if isinstance(value, bool):
         return value
-    if not _is_bool(value) or getattr(value, "ndim", 1):
+    if not _is_bool(value) or getattr(value, "ndim", None) != 0:
         raise _wrong_type(op, name, "True or False", value)
     return bool(value)
 
@@ -147,6 +147,10 @@ def instance(op: str, name: str, value: object, kind: type[T], remedy: str = "")
     return value
 
 
+def _expected(kind: str, low: float | None, high: float | None, note: str) -> str:
+    return " ".join(filter(None, (kind, _range(low, high), note)))
+
+
 def _range(low: float | None, high: float | None) -> str:
     if low is None:
         return "" if high is None else f"<= {_text(high)}"
@@ -155,13 +159,19 @@ def _range(low: float | None, high: float | None) -> str:
 
 def _text(bound: float) -> str:
     if isinstance(bound, int):
-        power = bound.bit_length()
-        if bound > 2**30 and bound & (bound + 1) == 0:
-            return f"2^{power} - 1"
+        bits = bound.bit_length()
+        if bits >= 31 and bound & (bound + 1) == 0:
+            return f"2^{bits} - 1"
         return str(bound)
     text = f"{bound:g}"
     # Six digits may be another number than the bound, and beyond it.
     return text if float(text) == bound else f"{bound:.15g}"
+
+
+def _index(value: object) -> int:
+    if _is_bool(value):
+        raise TypeError
+    return index(cast("SupportsIndex", value))
 
 
 def _is_bool(value: object) -> bool:

@@ -25,7 +25,7 @@ def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
             op see its arguments, not the copies that are made of them.
     """
     *strides, last = x.stride()
-    if last != 1 and x.shape[-1] > 1 and x.numel() > 0:  # contiguous() copies no empty tensor
+    if last != 1 and x.shape[-1] > 1 and x.numel():  # contiguous() copies no empty tensor
         raise ValueError(
             f"address_and_strides: x must have a contiguous last dimension; got shape "
             f"{tuple(x.shape)} and strides {x.stride()}. Call .contiguous()"
@@ -61,8 +61,6 @@ def overlaps_itself(x: torch.Tensor) -> bool:
 
 def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether an element of a and an element of b share an address; False for interleaved views."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
     try:
         # numpy takes any number of steps; its stub knows two of them.
         return np.shares_memory(_Addresses.of(a), _Addresses.of(b), max_work=_MAX_STEPS)

@@ -186,6 +186,80 @@ def test_triton_and_flex_say_why_not(
     assert answer is None if reason is None else reason in answer
 
 
+@pytest.mark.parametrize(
+    ("device", "built", "emulated", "hip", "capability", "reason"),
+    [
+        ("cpu", True, True, None, (8, 0), None),
+        ("cuda", True, True, None, (8, 0), "takes CPU tensors; these are on cuda"),
+        ("cuda", False, False, None, (8, 0), "it is not built; build with VARIANT_CUDA=1"),
+        ("cpu", True, False, None, (8, 0), "the tensors are on cpu, not on an NVIDIA GPU"),
+        ("cuda", True, False, "6.4", (9, 4), "the tensors are on cuda, not on an NVIDIA GPU"),
+        ("cuda", True, False, None, (7, 5), "the GPU has compute capability 7.5; it needs 8.0"),
+        ("cuda", True, False, None, (8, 0), None),
+    ],
+)
+def test_cuda_says_why_not(monkeypatch, device, built, emulated, hip, capability, reason):
+    monkeypatch.setattr(support.cuda_library, "is_built", lambda: built)
+    monkeypatch.setattr(support.cuda_library, "is_emulated", lambda: emulated)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(support, "_least_capability", lambda: capability)
+    answer = support.cuda_unsupported(Request(device, (torch.float16,), 64))
+    assert answer is None if reason is None else reason in answer
+    # The two backends of GPUs take rows of the same length and the same dtypes.
+    if reason is None:
+        longest = Request(device, (torch.float16,), row_width=65536)
+        assert support.cuda_unsupported(longest) is None
+        longer = support.cuda_unsupported(Request(device, (torch.float16,), row_width=65537))
+        assert longer == "rows of 65,537 entries are longer than the 65,536 that it takes"
+        double = support.cuda_unsupported(Request(device, (torch.float64,)))
+        assert "dtype float64 is not among its dtypes (float32, bfloat16, float16)" in double
+
+
+@pytest.mark.parametrize(
+    ("gpu", "hip", "built", "emulated", "names"),
+    [
+        (False, None, True, False, {"triton": False, "flex": False, "cuda": False}),
+        (False, None, False, True, {"triton": False, "flex": False, "cuda": True}),
+        (True, None, True, False, {"triton": True, "flex": True, "cuda": True}),
+        (True, None, False, False, {"triton": True, "flex": True, "cuda": False}),
+        (True, "6.4", True, False, {"triton": True, "flex": True, "cuda": False}),
+    ],
+)
+def test_backends_that_this_machine_can_run(monkeypatch, gpu, hip, built, emulated, names):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(support.cuda_library, "is_built", lambda: built)
+    monkeypatch.setattr(support.cuda_library, "is_emulated", lambda: emulated)
+    monkeypatch.setattr(support, "_has_triton", lambda: True)
+    nvidia = gpu and hip is None
+    # Other libraries run on NVIDIA's GPUs alone, wherever they are installed.
+    monkeypatch.setattr(support, "find_flash", lambda device: "installed")
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: "installed")
+    names = names | {"cpu": True, "reference": True, "flash": nvidia, "flashinfer": nvidia}
+    # The most general first.
+    expected = tuple(name for name in reversed(BACKENDS) if names[name])
+    assert support.available_backends() == expected
+    monkeypatch.setattr(support, "find_flash", lambda device: None)
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    left = support.available_backends()
+    assert left == tuple(name for name in expected if not name.startswith("flash"))
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_kernels_for_tests_are_never_taken_automatically(monkeypatch, interpreted, emulated):
+    monkeypatch.setattr(select, "triton_interprets", lambda: interpreted)
+    monkeypatch.setattr(select.cuda_library, "is_emulated", lambda: emulated)
+    taken = {name for name in BACKENDS if select.for_tests(name)}
+    assert taken == {name for name, is_so in (("triton", interpreted), ("cuda", emulated)) if is_so}
+
+
+def test_the_gradient_of_an_op_without_one_is_refused():
+    with pytest.raises(RuntimeError, match="inference-only: it has no backward pass"):
+        Backend(support.always, max).backward  # noqa: B018
+    assert Backend(support.always, max, min).backward is min
+
+
 def test_the_least_of_all_visible_gpus_counts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5), (8, 6)].__getitem__)
