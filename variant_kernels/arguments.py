@@ -59,19 +59,22 @@ def real(
 
     Args and Raises: as :func:`integer`; NaN and infinities are out of every range.
     """
-    expected = _expected("a finite number", low, high, note)
-    if not isinstance(value, SupportsFloat) or not _is_real(value):
-        raise _wrong_type(op, name, expected, value)
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}") from None
-    except Exception:  # of several values, without values (on meta), or a class's own error
-        raise _wrong_type(op, name, expected, value) from None
+    if type(value) is float:
+        number = value
+    else:
+        try:
+            number = _float(value)
+        except OverflowError:
+            expected = _expected("a finite number", low, high, note)
+            raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}") from None
+        except Exception:  # of several values, without values (on meta), or a class's own error
+            expected = _expected("a finite number", low, high, note)
+            raise _wrong_type(op, name, expected, value) from None
     inside = (low is None or number >= low) and (high is None or number <= high)
-    if not math.isfinite(number) or not inside:
-        raise ValueError(f"{op}: {name} must be {expected}; got {number!r}")
-    return number
+    if -math.inf < number < math.inf and inside:
+        return number
+    expected = _expected("a finite number", low, high, note)
+    raise ValueError(f"{op}: {name} must be {expected}; got {number!r}")
 
 
 def boolean(op: str, name: str, value: object) -> bool:
@@ -172,6 +175,12 @@ def _index(value: object) -> int:
     if _is_bool(value):
         raise TypeError
     return index(cast("SupportsIndex", value))
+
+
+def _float(value: object) -> float:
+    if not _is_real(value):
+        raise TypeError
+    return float(cast("SupportsFloat", value))
 
 
 def _is_bool(value: object) -> bool:

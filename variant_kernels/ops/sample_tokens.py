@@ -245,21 +245,17 @@ def sample_tokens(
     Gradient: none.
     """
     op = "sample_tokens"
-    if not (type(guidance) is float and 0 <= guidance <= 1e4):
-        guidance = real(op, "guidance", guidance, 0)
-    if not (type(top_k) is int and 0 <= top_k < 2**31):
-        top_k = integer(op, "top_k", top_k, 0, 2**31 - 1, "(0 keeps all)")
-    if not (type(top_p) is float and 0 <= top_p <= 1):
-        top_p = real(op, "top_p", top_p, 0, 1, "(0 keeps all)")
+    guidance = real(op, "guidance", guidance, 0)
+    top_k = integer(op, "top_k", top_k, 0, 2**31 - 1, "(0 keeps all)")
+    top_p = real(op, "top_p", top_p, 0, 1, "(0 keeps all)")
     # Logits of another rank, and nested ones, which have no shape, fail the op's check.
     is_BTV = isinstance(logits_2BTV, Tensor) and not logits_2BTV.is_nested
     is_BTV = is_BTV and logits_2BTV.ndim == 3
     last = 2**32 - (logits_2BTV.shape[1] if is_BTV else 0)
-    if not (type(position) is int and 0 <= position <= last):
-        position = integer(op, "position", position, 0, last, "(position + T is at most 2^32)")
+    position = integer(op, "position", position, 0, last, "(position + T is at most 2^32)")
     if seed is not None and generator is not None:
         raise ValueError(f"{op}: seed and generator exclude each other; got both")
-    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+    if seed is not None:
         seed = integer(op, "seed", seed, 0, 2**63 - 1)
     exponential_RV = None
     if generator is not None:
