@@ -17,7 +17,10 @@ def _engine(*stems: str) -> tuple[str, ...]:
     return tuple(f"tests/engine/test_{stem}.py" for stem in stems)
 
 
-_CHECKPOINTS = ("tests/checkpoints", "tests/test_files.py")
+def _checkpoints(*stems: str) -> tuple[str, ...]:
+    return tuple(f"tests/checkpoints/test_{stem}.py" for stem in stems)
+
+
 # Without those that take the interpreter of Triton, and of the memory that memory.py counts.
 _ENGINE = _engine(
     "engine",
@@ -56,13 +59,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.ops.block_causal_attention": (*_kernels("block_causal_attention"), *_CHECKS),
     "variant_kernels.ops.paged_attention": (*_kernels("paged_attention", "kv8"), *_CHECKS),
     "variant_kernels.ops.sample_tokens": (*_kernels("sample_tokens"), *_CHECKS),
-    "variant.engine.arguments": _ENGINE,
+    "variant.engine.arguments": _engine("request_arguments"),
     "variant.engine.batches": _ENGINE,
     "variant.engine.cast_models": _ENGINE,
     "variant.engine.cuda_graphs": _ENGINE,
-    "variant.engine.drawing": _ENGINE,
+    "variant.engine.drawing": _engine("drawing"),
     "variant.engine.engine": _ENGINE,
-    "variant.engine.generation": _ENGINE,
+    "variant.engine.generation": _engine("sampling", "engine"),
     "variant.engine.graph_replay": _ENGINE,
     "variant.engine.grid": _engine("grid"),
     "variant.engine.images": _ENGINE,
@@ -75,15 +78,17 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.engine.runs": _ENGINE,
     "variant.engine.step_loop": _ENGINE,
     "variant.engine.weights": _ENGINE,
-    "variant.checkpoints.config_file": _CHECKPOINTS,
-    "variant.checkpoints.locate": _CHECKPOINTS,
-    "variant.checkpoints.model_card": _CHECKPOINTS,
-    "variant.checkpoints.model_folder": _CHECKPOINTS,
-    "variant.checkpoints.named_configs": _CHECKPOINTS,
-    "variant.checkpoints.original_var": _CHECKPOINTS,
-    "variant.checkpoints.settings": _CHECKPOINTS,
-    "variant.checkpoints.sharded": _CHECKPOINTS,
-    "variant.checkpoints.state_dict_forms": _CHECKPOINTS,
-    "variant.files": _CHECKPOINTS,
-    "variant.tensor_files": _CHECKPOINTS,
+    "variant.checkpoints.config_file": _checkpoints("loading_options", "original_var"),
+    "variant.checkpoints.locate": _checkpoints("locate", "loading_options"),
+    "variant.checkpoints.model_card": _checkpoints("model_card"),
+    "variant.checkpoints.model_folder": _checkpoints(
+        "model_folder", "zone_weight_files", "hostile_files"
+    ),
+    "variant.checkpoints.named_configs": _checkpoints("named_configs", "loading_options"),
+    "variant.checkpoints.original_var": _checkpoints("original_var", "loading_options"),
+    "variant.checkpoints.settings": _checkpoints("settings"),
+    "variant.checkpoints.sharded": _checkpoints("model_folder", "hostile_files"),
+    "variant.checkpoints.state_dict_forms": _checkpoints("state_dict_forms"),
+    "variant.files": ("tests/test_files.py",),
+    "variant.tensor_files": ("tests/test_files.py", *_checkpoints("hostile_files")),
 }
