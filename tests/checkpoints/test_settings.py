@@ -321,9 +321,9 @@ def test_numbers_agree_if_they_are_equal_in_float32():
     assert settings.value("num_heads", None, 2) == 2
     with pytest.raises(UserError, match="file: the weights have num_heads 3, but one has 2"):
         settings.value("num_heads", None, 3)
-    with pytest.raises(UserError, match="file: one has norm_eps 1e-05, but two has 1.00002e-05"):
+    with pytest.raises(UserError, match=r"file: one has norm_eps 1e-05, but two has 1\.00002e-05"):
         Settings("file", {}, [told[0], ("two", {"norm_eps": 1.00002e-5})])
-    with pytest.raises(UserError, match="one has norm_eps 1e-05, but three has 0.5"):
+    with pytest.raises(UserError, match=r"one has norm_eps 1e-05, but three has 0\.5"):
         Settings("file", {}, [*told, ("three", {"norm_eps": 0.5})])
 
 
@@ -342,9 +342,9 @@ def test_what_is_assumed_is_named_once_with_how_to_give_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         told.warn()
+    plain = Settings("var")
+    plain.value("beta", 0.25)
     with pytest.warns(UserWarning, match="give the arguments of these names") as caught:
-        plain = Settings("var")
-        plain.value("beta", 0.25)
         plain.warn(stacklevel=1)
     assert caught[0].filename == __file__
 
