@@ -19,7 +19,7 @@ from variant_kernels import ScaleLayout
 from variant_kernels.ops.sample_tokens import filter_logits, guide, philox_4x32
 
 LAYOUT = ScaleLayout.from_patch_nums((1, 2, 3))
-IMAGES, WIDTH, ENTRIES = 5, 4, 7
+IMAGES, WIDTH, ENTRIES = 5, 6, 7
 CODES = torch.randn(ENTRIES, 3, generator=torch.Generator().manual_seed(0))
 HEAD = torch.randn(WIDTH, ENTRIES, generator=torch.Generator().manual_seed(1))
 
@@ -135,6 +135,20 @@ def test_unconditional_logits_of_weight_0_are_not_computed():
         torch.testing.assert_close(drawn.log_probs_BT, token_log_probs(logits, drawn.tokens_BT))
 
 
+def test_parts_of_unguided_sequences_and_of_all_results(monkeypatch):
+    drawer = drawer_of(Calls(), cfg=0, log_probs=True, more_smooth=True)
+    whole = drawer.draw(hidden(1, IMAGES), 1)
+    one = LAYOUT.tokens[1] * ENTRIES * (2 * 4 + 124)
+    for images, rows in ((2, [2, 2, 1]), (0.5, [1] * 5)):
+        monkeypatch.setattr("variant.engine.drawing.LOGITS_BYTES", int(one * images))
+        calls = Calls()
+        drawn = drawer_of(calls, cfg=0, log_probs=True, more_smooth=True).draw(hidden(1, IMAGES), 1)
+        assert calls.rows == [(count, 4) for count in rows]
+        assert torch.equal(drawn.tokens_BT, whole.tokens_BT)
+        torch.testing.assert_close(drawn.codes_BTE, whole.codes_BTE)
+        torch.testing.assert_close(drawn.log_probs_BT, whole.log_probs_BT)
+
+
 def test_a_temperature_divides_the_logits_in_float32():
     calls = Calls()
     drawer_of(calls, temperature=(1.0, 0.5, 1.0)).draw(hidden(1), 1)
@@ -238,6 +252,16 @@ def test_noise_is_of_the_words_of_philox_that_the_draw_leaves():
         uniform = (int(words[entry % 4]) + 0.5) / 2**32
         expected = -math.log(-math.log(uniform))
         assert noise[image, token, entry].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_noise_of_the_least_and_the_largest_word_is_a_number(monkeypatch, word):
+    def philox(counter, key):
+        return (torch.full_like(counter[0], word),) * 4
+
+    monkeypatch.setattr("variant.engine.drawing.philox_4x32", philox)
+    noise = gumbel_noise(0, torch.zeros(1, dtype=torch.int64), 0, 1, 1).item()
+    assert noise == pytest.approx(-math.log(-math.log((word + 0.5) / 2**32)), rel=1e-6)
 
 
 def test_noise_has_the_moments_of_the_gumbel_distribution():
