@@ -90,5 +90,5 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.checkpoints.sharded": _checkpoints("model_folder", "hostile_files"),
     "variant.checkpoints.state_dict_forms": _checkpoints("state_dict_forms"),
     "variant.files": ("tests/test_files.py",),
-    "variant.tensor_files": ("tests/test_files.py", *_checkpoints("hostile_files")),
+    "variant.tensor_files": ("tests/test_tensor_files.py", "tests/test_files.py"),
 }
