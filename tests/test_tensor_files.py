@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import pickle
 import re
 import struct
 import zipfile
@@ -58,7 +60,10 @@ def test_a_file_tells_names_shapes_and_dtypes_and_then_the_values(tmp_path):
     assert values["b"].tolist() == [-2.0, 3.5, 0.25]
     assert (values["b"].dtype, values["none"].dtype) == (torch.float16, torch.int64)
     assert values["none"].shape == (0, 5)
-    assert stored["b"].read().dtype == torch.float32
+    for dtype in (None, torch.float32):  # each in memory of its own
+        values = read_all(stored, dtype)
+        assert (values["a"].item(), values["b"][0].item()) == (1.0, -2.0)
+        assert values["b"].dtype == torch.float32
     assert stored["b"].read(device="meta").is_meta
     assert stored_safetensors(file_of(tmp_path, {}, b"")) == {}
 
@@ -96,6 +101,8 @@ def test_entries_that_are_refused(tmp_path, change, message):
 def test_the_largest_shapes_and_headers(tmp_path, monkeypatch):
     axes = stored_safetensors(file_of(tmp_path, {"a": ENTRY | {"shape": [4] + [1] * 63}}))
     assert axes["a"].ndim == 64
+    empty = {"dtype": "U8", "shape": [0, 2**61, 2], "data_offsets": [0, 0]}
+    assert stored_safetensors(file_of(tmp_path, {"a": empty}, b""))["a"].numel() == 0
     monkeypatch.setattr(tensor_files, "MAX_HEADER_BYTES", 1000)
     padded = json.dumps({"a": ENTRY}).encode().ljust(1000)
     assert stored_safetensors(file_of(tmp_path, padded))["a"].shape == (2, 2)
@@ -126,6 +133,14 @@ def test_files_that_are_refused(tmp_path, content, message):
         stored_safetensors(path)
 
 
+def test_an_entry_is_named_and_a_long_reason_is_cut(tmp_path):
+    other = {"dtype": "F32", "shape": [3], "data_offsets": [16, 20]}
+    with pytest.raises(UserError, match=r"damaged: 'b' of shape \[3\] has 4 bytes$"):
+        stored_safetensors(file_of(tmp_path, {"a": ENTRY, "b": other}))
+    with pytest.raises(UserError, match=r"damaged: '" + "x" * 199 + "$"):
+        stored_safetensors(file_of(tmp_path, {"x" * 300: ENTRY | {"dtype": "F31"}}))
+
+
 def test_a_header_may_list_so_many_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "MAX_TENSORS", 2)
     empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
@@ -137,21 +152,23 @@ def test_a_header_may_list_so_many_tensors(tmp_path, monkeypatch):
 # --- checksums ------------------------------------------------------------------------------------
 
 
-def sum_by_definition(content):
+def sum_by_definition(content, size):
     total = 0
-    for start in range(0, len(content), CHUNK_BYTES):
-        chunk = content[start : start + CHUNK_BYTES]
+    for start in range(0, len(content), size):
+        chunk = content[start : start + size]
         words = [chunk[i : i + 8] for i in range(0, len(chunk), 8)]
         total = total * 0x9E3779B97F4A7C15 + sum(int.from_bytes(w, "little") for w in words)
     return f"{total % 2**64:016x}"
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000, CHUNK_BYTES, CHUNK_BYTES + 3])
-def test_checksums_are_those_of_the_definition(tmp_path, size):
+@pytest.mark.parametrize("chunk", [64, CHUNK_BYTES])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 65, 1000])
+def test_checksums_are_those_of_the_definition(tmp_path, monkeypatch, size, chunk):
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", chunk)
     generator = torch.Generator().manual_seed(size)
     tensor = torch.randint(256, (size,), dtype=torch.uint8, generator=generator)
     texts = checksums_of({"a": tensor})
-    assert json.loads(texts["sum64"]) == {"a": sum_by_definition(tensor.numpy().tobytes())}
+    assert json.loads(texts["sum64"]) == {"a": sum_by_definition(tensor.numpy().tobytes(), chunk)}
     header = {
         "__metadata__": texts,
         "a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
@@ -195,6 +212,21 @@ def test_bytes_of_a_region(source):
         source.read_bytes(Region("r", 60, 5))
 
 
+def test_bytes_that_come_piece_by_piece(source, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, views, at: preadv(f, [views[0][:3]], at))
+    assert source.read_bytes(Region("r", 3, 11)).tolist() == list(range(3, 14))
+
+
+def test_every_value_that_is_read_counts(source):
+    meta = torch.empty(8, dtype=torch.int16, device="meta")
+    stored = StoredTensor.of(meta, source, Region("r", 8, 16))
+    for _ in range(4 * 64 // 16):
+        stored.read()
+    with pytest.raises(UserError, match="they would take more than 4 times the 64 bytes"):
+        stored.read()
+
+
 def test_tensors_take_at_most_four_times_their_file(source):
     source.allocate(4 * 64 - 1)
     source.allocate(1)
@@ -216,6 +248,7 @@ def test_views_lie_within_their_region(source):
     assert view((4,), (2,), 1).read().tolist() == words[1::2]
     assert view((0, 3), (1, 1), 900).read().shape == (0, 3)
     assert view((), (), 7).read().item() == words[7]
+    assert view((4,), (0,), 3).read().tolist() == [words[3]] * 4
     # Large enough by its last value, or by the number of its values, which may share memory.
     for size, stride, start in (((8,), (1,), 1), ((4,), (2,), 2), ((9,), (1,), 0), ((9,), (0,), 0)):
         text = f"a tensor of shape {size} reaches beyond the 16 bytes of r"
@@ -240,7 +273,7 @@ def test_a_pickle_gives_its_values_with_tensors_that_are_read_later(tmp_path):
     names = argparse.Namespace(depth=3, inner=argparse.Namespace(lr=0.5))
     torch.save(
         {"a": base, "columns": [base[:, 1], (base[1:],)], "args": names, 3: None,
-         "none": torch.empty(0, 2)}, path
+         "none": torch.empty(0, 2), "other": torch.ones(3)}, path
     )  # fmt: skip
     state = stored_pickle(path)
     assert state["args"] == {"depth": 3, "inner": {"lr": 0.5}}
@@ -251,6 +284,52 @@ def test_a_pickle_gives_its_values_with_tensors_that_are_read_later(tmp_path):
     assert torch.equal(read["columns"][0], base[:, 1])
     assert torch.equal(read["columns"][1][0], base[1:])
     assert read["none"].shape == (0, 2)
+    assert read["other"].tolist() == [1, 1, 1]
+    torch.save({"a": base}, path, _use_new_zipfile_serialization=False)  # read whole
+    old = stored_pickle(path)["a"]
+    assert type(old) is torch.Tensor
+    assert torch.equal(old, base)
+
+
+class Runs:
+    """Runs code where it is unpickled."""
+
+    ran = ()
+
+    def __reduce__(self):
+        return setattr, (Runs, "ran", (1,))
+
+
+@pytest.mark.parametrize("beside", [None, argparse.Namespace(depth=3)])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, beside):
+    torch.save({"args": beside, "a": Runs()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: refused: it holds a .*, and loading that "):
+        stored_pickle(tmp_path / "a.pth")
+    assert Runs.ran == ()
+
+
+def test_the_reason_of_torch_or_of_the_system_is_told_in_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"PK\x03\x04 and no archive")
+    with pytest.raises(UserError, match=r"is not a readable checkpoint: File is not a zip file$"):
+        stored_pickle(path)
+    torch.save({}, path)
+    unreadable = "is not a readable checkpoint: "
+    for error, reason in (
+        (RuntimeError("x" * 201 + "\ny"), unreadable + "x" * 200),
+        (KeyError("a value"), unreadable + "torch.save did not write it"),
+        (
+            pickle.UnpicklingError("no class"),
+            "refused: loading it would run code .* of weights are read",
+        ),
+    ):
+
+        def load(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(UserError, match=f"{reason}$"):
+            stored_pickle(path)
 
 
 def test_files_that_are_no_pickles_of_weights(tmp_path):
@@ -263,14 +342,16 @@ def test_files_that_are_no_pickles_of_weights(tmp_path):
     with pytest.raises(UserError, match=r"is a \.safetensors file; rename it to end so"):
         stored_pickle(path)
     path.write_bytes(b"text")
-    with pytest.raises(UserError, match=r"is not a readable checkpoint|refused: "):
+    with pytest.raises(UserError, match=r"is not a readable checkpoint: torch\.save did not write"):
         stored_pickle(path)
     torch.save({"a": torch.ones(2, device="meta")}, path)
     with pytest.raises(UserError, match=r"no values of a tensor of shape \(2,\), which was saved"):
         stored_pickle(path)
-    torch.save({"a": torch.ones(2).to_sparse()}, path)
-    with pytest.raises(UserError, match="holds a Tensor that is sparse, quantized or a lazy view"):
-        stored_pickle(path)
+    lazy = torch.ones(2, dtype=torch.complex64).conj()
+    for other in (torch.ones(2).to_sparse(), lazy, torch._neg_view(torch.ones(2))):
+        torch.save({"a": other}, path)
+        with pytest.raises(UserError, match="a Tensor that is sparse, quantized or a lazy view"):
+            stored_pickle(path)
 
 
 def changed_archive(path, change):

@@ -79,7 +79,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.engine.step_loop": _ENGINE,
     "variant.engine.weights": _ENGINE,
     "variant.checkpoints.config_file": _checkpoints("loading_options", "original_var"),
-    "variant.checkpoints.locate": _checkpoints("locate", "loading_options"),
+    "variant.checkpoints.locate": _checkpoints("locate"),
     "variant.checkpoints.model_card": _checkpoints("model_card"),
     "variant.checkpoints.model_folder": _checkpoints(
         "model_folder", "zone_weight_files", "hostile_files"
@@ -87,7 +87,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.checkpoints.named_configs": _checkpoints("named_configs", "loading_options"),
     "variant.checkpoints.original_var": _checkpoints("original_var", "loading_options"),
     "variant.checkpoints.settings": _checkpoints("settings"),
-    "variant.checkpoints.sharded": _checkpoints("model_folder", "hostile_files"),
+    "variant.checkpoints.sharded": _checkpoints("sharded"),
     "variant.checkpoints.state_dict_forms": _checkpoints("state_dict_forms"),
     "variant.files": ("tests/test_files.py",),
     "variant.tensor_files": ("tests/test_tensor_files.py", "tests/test_files.py"),
