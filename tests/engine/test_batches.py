@@ -1,5 +1,6 @@
 """The parts of a batch: what a request may ask for, how it is split, timed and switched."""
 
+import dataclasses
 import re
 import time
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from variant.engine.batches import (
     decode_rgb,
     switch_depth,
 )
+from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
 from variant_kernels import DepthSchedule
 
@@ -209,3 +211,73 @@ def test_a_plan_is_made_once():
     assert (plan.page_size, plan.schedule, plan.layout) == (4, SCHEDULE, runner.var.layout)
     assert runner.plan(SCHEDULE) is plan
     assert runner.device == CPU
+
+
+class Replay:
+    """Graphs that have what they are asked for, and record with what they are called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def generate_tokens(self, start, labels_B, image_ids_B, sampling, schedule, configuration):
+        self.calls.append((labels_B, image_ids_B, sampling, schedule, configuration))
+        return SimpleNamespace(
+            tokens_BL=labels_B.view(-1, 1), log_probs_BL=None, schedule=schedule,
+            allocated_bytes=1, peak_bytes=2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("cfg", "sequences"), [(2.0, 6), (0, 3)])
+def test_a_graph_replays_a_batch_with_the_tables_of_its_sequences(cfg, sequences):
+    asked = []
+    runner = dataclasses.replace(
+        runner_of(),
+        weights=SimpleNamespace(dtype=torch.float16, packed=True, zone_bytes=lambda zones: 7),
+        page_tables=SimpleNamespace(get=lambda *key: asked.append(key) or {}),
+    )
+    batch, replay = Batch(torch.arange(3), torch.arange(3)), Replay()
+    request = request_of(decode=False, sampling=Sampling(seed=0, cfg=cfg), image_dtype=torch.uint8)
+    part = runner.generate(batch, request, replay)
+    assert asked == [(runner.var.layout, SCHEDULE, sequences, 4, CPU)]
+    [call] = replay.calls
+    assert call[2:] == (request.sampling, SCHEDULE, (4, ("cpu",), torch.float32))
+    assert part.captured
+    assert (part.images.shape, part.images.dtype) == ((0, 3, 6, 6), torch.uint8)
+    assert (part.depths, part.postponed, part.zone_weight_bytes) == ((4, 4, 3), (), 7)
+    assert (part.product_dtype, part.packed) == (torch.float16, True)
+    assert part.seconds >= part.decode_seconds >= 0
+    # Weights that changed meanwhile: there is no result.
+    assert runner.generate(batch, request, replay, lambda: False) is None
+    assert runner.generate(batch, request, replay, lambda: True) is not None
+
+
+def test_given_tokens_and_a_switch_before_the_last_scale_reach_the_batch():
+    engine = Engine(small_model().var, small_model().vae)
+    tokens = torch.arange(28).view(2, 14) % 24
+    kept = engine.generate([0, 1], tokens=tokens, mask=torch.ones(14), seed=0, decode=False)
+    assert torch.equal(kept.tokens, tokens)
+    seen = []
+
+    def on_scale(k, partial):
+        seen.append((k, partial.scale, tuple(partial.tokens.shape)))
+        return 2 if k == 1 else None
+
+    result = engine.generate([0, 1], on_scale=on_scale, seed=0, decode=False)
+    assert seen == [(0, 0, (2, 1)), (1, 1, (2, 5)), (2, 2, (2, 14))]
+    assert result.stats.depths == (4, 4, 2)
+    assert result.stats.postponed == ()
+    # After the bridge alone: what is asked for before begins later.
+    result = engine.generate(
+        [0], on_scale=lambda k, _: 2 if k == 0 else None, bridge=2, seed=0, decode=False
+    )
+    assert result.stats.depths == (4, 4, 2)
+    assert result.stats.postponed == (0,)
+
+
+def test_images_are_decoded_by_a_graph_where_there_is_one():
+    weights = SimpleNamespace(decode=lambda features: features / 2, dtype=torch.float32)
+    runner = dataclasses.replace(runner_of(), weights=weights)
+    features = torch.ones(1, 1, 2, 2)
+    assert torch.equal(runner.decode(features), torch.full((1, 3, 2, 2), 0.5))
+    graphs = SimpleNamespace(decode=lambda decode, features: decode(features) + 1)
+    assert torch.equal(runner.decode(features, graphs), torch.full((1, 3, 2, 2), 1.5))
