@@ -260,7 +260,7 @@ def test_given_tokens_and_a_switch_before_the_last_scale_reach_the_batch():
 
     def on_scale(k, partial):
         seen.append((k, partial.scale, tuple(partial.tokens.shape)))
-        return 2 if k == 1 else None
+        return {1: 2, 2: 99}.get(k)  # after the last scale no depth is left to change
 
     result = engine.generate([0, 1], on_scale=on_scale, seed=0, decode=False)
     assert seen == [(0, 0, (2, 1)), (1, 1, (2, 5)), (2, 2, (2, 14))]
@@ -272,6 +272,8 @@ def test_given_tokens_and_a_switch_before_the_last_scale_reach_the_batch():
     )
     assert result.stats.depths == (4, 4, 2)
     assert result.stats.postponed == (0,)
+    result = engine.generate([0], on_scale=lambda k, _: 4, bridge=2, seed=0, decode=False)
+    assert (result.stats.depths, result.stats.postponed) == ((4, 4, 4), ())
 
 
 def test_images_are_decoded_by_a_graph_where_there_is_one():

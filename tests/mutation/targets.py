@@ -60,7 +60,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.ops.paged_attention": (*_kernels("paged_attention", "kv8"), *_CHECKS),
     "variant_kernels.ops.sample_tokens": (*_kernels("sample_tokens"), *_CHECKS),
     "variant.engine.arguments": _engine("request_arguments"),
-    "variant.engine.batches": _engine("batches", "generate_batches", "kv8_engine", "zone_weights"),
+    "variant.engine.batches": _engine("batches", "generate_batches"),
     "variant.engine.cast_models": _engine("slow_products", "packed_layers", "kv8_engine"),
     "variant.engine.cuda_graphs": _ENGINE,
     "variant.engine.drawing": _engine("drawing"),
