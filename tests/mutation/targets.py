@@ -75,7 +75,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.engine.packed_layers": _engine("packed_layers", "slow_products"),
     "variant.engine.page_tables": _ENGINE,
     "variant.engine.planning": (*_engine("images_and_plans"), *_PLANNING),
-    "variant.engine.runs": _ENGINE,
+    "variant.engine.runs": _engine("runs"),
     "variant.engine.step_loop": _ENGINE,
     "variant.engine.weights": _ENGINE,
     "variant.checkpoints.config_file": _checkpoints("loading_options", "original_var"),
