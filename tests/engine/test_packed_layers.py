@@ -219,6 +219,7 @@ def test_convolutions_that_are_taken_for_those_of_the_model(options, own, of_ker
         ({"padding": 1}, packed_layers.PackedConv2d),
         ({"groups": 2}, packed_layers.PackedConv2d),
         ({"kernel_size": 3, "dilation": 2, "bias": False}, packed_layers.PackedConv2d),
+        ({"kernel_size": 3, "padding": 1}, packed_layers.PackedConv2d),
         ({"padding_mode": "reflect", "padding": 1}, nn.Conv2d),
     ],
 )
@@ -273,6 +274,46 @@ def test_a_linear_layer_shares_a_weight_of_its_dtype():
     packed = packed_layers.Linear(weight, bias, torch.float32, packed=packs(torch.float32))
     assert not packed.shares(weight)
     assert packed(torch.ones(2, 3, 4)).shape == plain(torch.ones(2, 3, 4)).shape == (2, 3, 8)
+
+
+def test_a_plain_linear_layer_has_the_tanh_form_of_gelu():
+    weight, bias, x = torch.randn(8, 4), torch.randn(8), torch.randn(2, 3, 4)
+    expected = F.linear(x, weight, bias)
+    plain = packed_layers.Linear(weight, bias, torch.float32, packed=False)
+    torch.testing.assert_close(plain(x), expected)
+    gelu = packed_layers.Linear(weight, bias, torch.float32, packed=False, gelu=True)
+    torch.testing.assert_close(gelu(x), F.gelu(expected, approximate="tanh"))
+    # torch's fused form, which a GPU takes; on a CPU it may be the exact one.
+    gelu._epilogue = True
+    assert gelu(x).shape == (2, 3, 8)
+    torch.testing.assert_close(gelu(x), F.gelu(expected), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["tanh", "none"])
+def test_the_form_of_a_fused_gelu_is_found_by_trying(monkeypatch, form):
+    def fused(bias, x, weight, *, use_gelu):
+        assert use_gelu
+        return F.gelu(torch.addmm(bias, x, weight), approximate=form)
+
+    monkeypatch.setattr(torch.ops.aten, "_addmm_activation", fused)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert packed_layers.computes_tanh(CPU, dtype) is (form == "tanh")
+
+
+def test_a_merged_upsample_may_have_no_bias():
+    conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+    x = torch.randn(1, 3, 4, 5)
+    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    with torch.no_grad():
+        torch.testing.assert_close(MergedUpsample(conv, torch.float32)(x), expected)
+
+
+def test_convolutions_of_a_cast_decoder_have_channels_last():
+    layers = CastDecoder(small_model().vae, torch.bfloat16).layers
+    weights = [weight for weight in layers.parameters() if weight.ndim == 4]
+    assert weights
+    for weight in weights:
+        assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_what_a_gpu_alone_has_is_not_used_on_a_cpu():

@@ -46,6 +46,7 @@ def test_labels(labels, expected):
         ([0, -2], ValueError, "in [0, 5), or -1 or 5 for no class; got -2"),
         ([0, 6], ValueError, "in [0, 5), or -1 or 5 for no class; got 6"),
         ([-2, 6], ValueError, "or -1 or 5 for no class; got -2"),
+        ([-1, 6], ValueError, "or -1 or 5 for no class; got 6"),
         ([0, True], TypeError, "op: labels must be integers; got bool"),
         ([[1], [np.True_]], TypeError, "op: labels must be integers; got bool"),
         (np.array([1, True], dtype=object), TypeError, "op: labels must be integers; got bool"),
@@ -70,6 +71,10 @@ def test_values_are_copies():
     labels = torch.tensor([1, 2])
     result = check_labels(labels, CONFIG)
     labels.fill_(4)
+    assert result.tolist() == [1, 2]
+    ids = torch.tensor([1, 2])
+    result = check_image_ids(ids, 2, CPU)
+    ids.fill_(4)
     assert result.tolist() == [1, 2]
     below = np.array([0, 2**63 - 1], dtype=np.uint64)
     assert check_image_ids(below, 2, CPU).tolist() == [0, 2**63 - 1]
@@ -132,6 +137,9 @@ def test_given_tokens_are_of_one_image_or_of_each():
         assert torch.equal(given(one, mask).tokens_BL, tokens[:1].expand(2, 14))
     scales = tokens.split([1, 4, 9], 1)
     assert torch.equal(given(list(scales), mask).tokens_BL, tokens)
+    single = ScaleLayout.from_patch_nums((2,))
+    of_one = check_given([tokens[:, :4]], torch.ones(4), single, 10, 2)
+    assert torch.equal(of_one.tokens_BL, tokens[:, :4])
     # A scale is kept where every image keeps it.
     masks = torch.ones(2, 14)
     masks[1, 13] = 0
