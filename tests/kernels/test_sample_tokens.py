@@ -384,3 +384,39 @@ def test_guidance_and_filters_by_hand():
 def test_a_request_has_the_entries_of_a_row():
     request = op._request(torch.zeros(2, 3, 7, dtype=torch.float16))
     assert (request.row_width, request.dtypes) == (7, (torch.float16,))
+
+
+def test_no_token_is_a_result_and_no_entry_is_none():
+    assert sample_tokens(torch.zeros(2, 0, 4), guidance=0.0, seed=0).shape == (1, 0)
+    assert sample_tokens(torch.zeros(2, 3, 1), guidance=0.0, seed=0).tolist() == [[0, 0, 0]]
+    for shape in ((2, 3, 0), (3, 3, 4)):
+        with pytest.raises(ValueError, match=r"an even number of rows .* and V >= 1; got \("):
+            sample_tokens(torch.zeros(shape), guidance=0.0, seed=0)
+    fake = op._fake(torch.zeros(4, 3, 7, device="meta"))
+    assert (fake.shape, fake.dtype) == ((2, 3), torch.int64)
+
+
+def test_what_is_not_given_is_a_seed_of_63_bits_and_the_number_of_the_image():
+    def launched(**given):
+        return op._launch(
+            lambda **arguments: arguments, {"logits_2BTV": torch.zeros(6, 1, 2)} | given
+        )
+
+    seeds = [launched(seed=None, image_ids=None)["seed"] for _ in range(20)]
+    assert len(set(seeds)) == 20
+    assert 2**60 < max(seeds) < 2**63
+    assert launched(seed=3, image_ids=None)["image_ids_B"].tolist() == [0, 1, 2]
+    ids = torch.tensor([5, 6, 7])
+    assert launched(seed=3, image_ids=ids)["image_ids_B"] is ids
+
+
+def test_a_generator_draws_from_the_exponential_distribution_of_rate_1():
+    logits, generator = torch.randn(4, 3, 5), torch.Generator().manual_seed(1)
+    drawn = op.draw_exponential(logits, generator)
+    expected = torch.empty(6, 5).exponential_(generator=generator.manual_seed(1))
+    assert torch.equal(drawn, expected)
+    tokens = sample_tokens(
+        logits, guidance=0.0, generator=generator.manual_seed(1), backend="reference"
+    )
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens.flatten(), (logits[:2].softmax(-1).view(6, 5) / drawn).argmax(-1))
