@@ -254,6 +254,12 @@ def test_kernels_for_tests_are_never_taken_automatically(monkeypatch, interprete
     assert taken == {name for name, is_so in (("triton", interpreted), ("cuda", emulated)) if is_so}
 
 
+@pytest.mark.parametrize("found", [None, "triton"])
+def test_triton_is_there_where_it_can_be_imported(monkeypatch, found):
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: found)
+    assert support._has_triton.__wrapped__() is (found is not None)
+
+
 def test_the_gradient_of_an_op_without_one_is_refused():
     with pytest.raises(RuntimeError, match="inference-only: it has no backward pass"):
         Backend(support.always, max).backward  # noqa: B018
