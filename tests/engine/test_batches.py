@@ -283,3 +283,19 @@ def test_images_are_decoded_by_a_graph_where_there_is_one():
     assert torch.equal(runner.decode(features), torch.full((1, 3, 2, 2), 0.5))
     graphs = SimpleNamespace(decode=lambda decode, features: decode(features) + 1)
     assert torch.equal(runner.decode(features, graphs), torch.full((1, 3, 2, 2), 1.5))
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_a_batch_starts_with_its_tables_and_the_sequences_of_no_class(guidance):
+    model = small_model()
+    runner, _ = Engine(model.var, model.vae)._source(None).checked()
+    tables = {}
+    options = {"schedule": SCHEDULE, "guidance": guidance}
+    state = runner.start(torch.tensor([1, 2]), tables=tables, **options)
+    assert state.cache._page_tables is tables
+    assert state.schedule == SCHEDULE
+    labels = torch.tensor([1, 2, 5, 5] if guidance else [1, 2])
+    assert state.cache.batch == len(labels)
+    assert torch.equal(state.cond_RC, model.var.class_emb(labels))
+    shared = [runner.start(torch.tensor([1, 2]), **options).cache._page_tables for _ in range(2)]
+    assert shared[0] is shared[1]
