@@ -299,3 +299,16 @@ def test_a_batch_starts_with_its_tables_and_the_sequences_of_no_class(guidance):
     assert torch.equal(state.cond_RC, model.var.class_emb(labels))
     shared = [runner.start(torch.tensor([1, 2]), **options).cache._page_tables for _ in range(2)]
     assert shared[0] is shared[1]
+
+
+def test_a_graph_that_cannot_generate_a_batch_is_not_asked():
+    model = small_model()
+    runner, _ = Engine(model.var, model.vae)._source(None).checked()
+    batch, replay = Batch(torch.arange(2), torch.arange(2)), Replay()
+    with torch.no_grad():
+        plain = runner.generate(batch, request_of(decode=False), None)
+        part = runner.generate(batch, request_of(decode=False, log_probs=True), replay)
+    assert (plain.captured, part.captured, replay.calls) == (False, False, [])
+    assert torch.equal(part.tokens_BL, plain.tokens_BL)
+    assert plain.log_probs_BL is None
+    assert part.log_probs_BL.shape == (2, 14)
