@@ -73,12 +73,8 @@ def uniform(seed: int, image_ids_B: Tensor, position: int, tokens: int) -> Tenso
     mask = 0xFFFFFFFF
     position_T = position + torch.arange(tokens, device=image_ids_B.device)
     image_B1 = image_ids_B.unsqueeze(1)
-    zero_BT = torch.zeros_like(image_B1 + position_T)
-    counter = (
-        zero_BT + position_T,
-        zero_BT,
-        zero_BT + (image_B1 & mask),
-        zero_BT + ((image_B1 >> 32) & mask),
+    counter = torch.broadcast_tensors(
+        position_T, torch.zeros_like(position_T), image_B1 & mask, (image_B1 >> 32) & mask
     )
     w0, w1, _, _ = philox_4x32(counter, (seed & mask, (seed >> 32) & mask))
     bits_BT = ((w0 >> 5) << 26) + (w1 >> 6)
