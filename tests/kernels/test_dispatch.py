@@ -27,7 +27,11 @@ from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend, requested_name
 from variant_kernels.dispatch.support import BACKENDS
 from variant_kernels.ops import adaln, registry, tables
+from variant_kernels.ops import append_paged_kv as append
 from variant_kernels.ops import block_causal_attention as block_causal
+from variant_kernels.ops import paged_attention as paged_op
+from variant_kernels.ops import qk_norm as qk_norm_op
+from variant_kernels.ops import qk_norm_append_paged_kv as fused
 
 ROOT = Path(__file__).parent.parent.parent
 X, ROW = torch.randn(2, 3, 16), torch.zeros(2, 16)
@@ -252,6 +256,28 @@ def test_kernels_for_tests_are_never_taken_automatically(monkeypatch, interprete
     monkeypatch.setattr(select.cuda_library, "is_emulated", lambda: emulated)
     taken = {name for name in BACKENDS if select.for_tests(name)}
     assert taken == {name for name, is_so in (("triton", interpreted), ("cuda", emulated)) if is_so}
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+def test_every_op_asks_for_the_properties_of_its_tensors(kv_dtype):
+    half, wide = torch.float16, torch.float32
+    x_BTC, x_BTHD = torch.zeros(2, 3, 5, dtype=half), torch.zeros(2, 3, 4, 16, dtype=half)
+    pages, scale = torch.zeros(7, 8, 4, 16, dtype=kv_dtype or half), torch.zeros(1, 4, 1, 1)
+    qkv = torch.zeros(2, 3, 3, 4, 16, dtype=half)
+    paged = {"kv_dtype": kv_dtype}
+    requests = {
+        paged_op.paged_attention_op: ((x_BTHD, pages), ((half,), 16, None, 8), paged),
+        append.append_paged_kv_op: ((x_BTHD, x_BTHD, pages), ((half,), 16), paged),
+        fused.qk_norm_append_paged_kv_op: ((qkv, scale, pages), ((half, wide), 16), paged),
+        block_causal.block_causal_attention_op: ((x_BTHD,), ((half,), 16), {}),
+        qk_norm_op.qk_norm_op: ((x_BTHD, x_BTHD, scale), ((half, wide), 16), {}),
+        adaln.adaln_op: ((x_BTC.to(wide), x_BTC), ((wide, half), None, 5), {}),
+        adaln.gated_op: ((x_BTC.to(wide), x_BTC), ((wide, half), None, 5), {}),
+    }
+    for op, (tensors, properties, named) in requests.items():
+        assert op._request(*tensors) == Request("cpu", *properties, **named), op.title
+    without = fused.qk_norm_append_paged_kv_op._request(qkv, None, pages)
+    assert without == Request("cpu", (half,), 16, kv_dtype=kv_dtype)
 
 
 @pytest.mark.parametrize("found", [None, "triton"])
