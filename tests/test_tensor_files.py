@@ -162,7 +162,7 @@ def sum_by_definition(content, size):
 
 
 @pytest.mark.parametrize("chunk", [64, CHUNK_BYTES])
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 65, 1000])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 65, 200, 300, 400, 1000])
 def test_checksums_are_those_of_the_definition(tmp_path, monkeypatch, size, chunk):
     monkeypatch.setattr(tensor_files, "CHUNK_BYTES", chunk)
     generator = torch.Generator().manual_seed(size)
