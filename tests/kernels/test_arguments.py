@@ -72,6 +72,13 @@ def test_both_ends_of_a_range_are_within_it():
             integer("op", "n", value, 2, 4)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("inf")], ids=repr)
+def test_what_is_not_finite_is_out_of_every_range(value):
+    for bounds in ((), (0,), (None, 0)):
+        with pytest.raises(ValueError, match=r"^op: x must be a finite number.*; got -?(inf|nan)$"):
+            real("op", "x", value, *bounds)
+
+
 def test_refusals_name_the_range_the_value_and_its_type():
     with pytest.raises(ValueError, match=r"^op: n must be an integer >= 1; got 0$"):
         integer("op", "n", 0, 1)

@@ -1,7 +1,8 @@
 """The changes of one module: mutmut's operators on every expression inside a function.
 
 Left out: annotations, decorators, text (a message's wording), calls without one of their arguments
-(most of them are parts of messages too) and ``sample_inputs``, which makes the inputs of tests.
+(most of them are parts of messages too), ``strict=True`` of zip, which cannot fail where it stands,
+and ``sample_inputs``, which makes the inputs of tests.
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ class _Places(libcst.CSTVisitor):
 
     def visit_Annotation(self, node: libcst.Annotation) -> bool:
         return False
+
+    def visit_Arg(self, node: libcst.Arg) -> bool:
+        return node.keyword is None or node.keyword.value != "strict"
 
     def visit_Decorator(self, node: libcst.Decorator) -> bool:
         return False

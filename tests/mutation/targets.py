@@ -21,7 +21,7 @@ def _checkpoints(*stems: str) -> tuple[str, ...]:
     return tuple(f"tests/checkpoints/test_{stem}.py" for stem in stems)
 
 
-# Without those that take the interpreter of Triton, and of the memory that memory.py counts.
+# Of modules that only a whole generation reaches; without Triton's interpreter.
 _ENGINE = _engine(
     "engine",
     "editing",
@@ -82,7 +82,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.checkpoints.locate": _checkpoints("locate"),
     "variant.checkpoints.model_card": _checkpoints("model_card"),
     "variant.checkpoints.model_folder": _checkpoints(
-        "model_folder", "zone_weight_files", "hostile_files"
+        "model_folder", "model_card", "zone_weight_files", "hostile_files"
     ),
     "variant.checkpoints.named_configs": _checkpoints("named_configs", "loading_options"),
     "variant.checkpoints.original_var": _checkpoints("original_var", "loading_options"),

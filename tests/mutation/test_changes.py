@@ -23,6 +23,10 @@ def below(value: int | None, most: "int | str" = 7) -> bool:
     return value < most and not value == 0
 
 
+def pairs(one, other):
+    return zip(one, other, strict=True)
+
+
 def sample_inputs():
     return 1 + 2
 '''

@@ -25,6 +25,8 @@ from variant_kernels.ops import contract
 from variant_kernels.ops.derivatives import refuse_derivatives
 from variant_kernels.ops.registry import Op
 
+MAX_SEED = 2**63 - 1  # of int64
+
 # --- the definition -----------------------------------------------------------------------------
 
 
@@ -154,7 +156,7 @@ def _request(logits: Tensor, *_: Tensor | None) -> Request:
 def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
     logits_2BTV = arguments["logits_2BTV"]
     if arguments["seed"] is None:
-        arguments["seed"] = int(torch.randint(2**63 - 1, (), device="cpu"))
+        arguments["seed"] = int(torch.randint(MAX_SEED, (), device="cpu"))
     image_ids_B = arguments.pop("image_ids")
     if image_ids_B is None:
         image_ids_B = torch.arange(logits_2BTV.shape[0] // 2, device=logits_2BTV.device)
@@ -252,7 +254,7 @@ def sample_tokens(
     if seed is not None and generator is not None:
         raise ValueError(f"{op}: seed and generator exclude each other; got both")
     if seed is not None:
-        seed = integer(op, "seed", seed, 0, 2**63 - 1)
+        seed = integer(op, "seed", seed, 0, MAX_SEED)
     exponential_RV = None
     if generator is not None:
         instance(op, "generator", generator, torch.Generator)
