@@ -316,6 +316,21 @@ def test_convolutions_of_a_cast_decoder_have_channels_last():
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_an_upsample_is_merged_with_a_convolution_of_its_own_alone():
+    packs(torch.float32)
+    upsample, buffer = Upsample(4), CastBuffer(torch.float32)
+    assert type(packed_layers._pack(copy.deepcopy(upsample), buffer)) is MergedUpsample
+    upsample.conv = nn.Conv2d(4, 4, 1)
+    assert type(packed_layers._pack(upsample, buffer)) is Upsample
+
+
+def test_the_fused_form_is_tried_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(packed_layers, "computes_tanh", lambda device, dtype: True)
+    fused = packed_layers.fused_gelu.__wrapped__
+    assert fused(torch.device("cuda"), torch.float16) is True
+    assert fused(CPU, torch.float16) is False
+
+
 def test_what_a_gpu_alone_has_is_not_used_on_a_cpu():
     assert packed_layers.fused_gelu(torch.device("cpu"), torch.float32) is False
     assert not packed_layers.keeps_channels_last(torch.device("cpu"), torch.float32)
