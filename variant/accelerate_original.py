@@ -28,8 +28,8 @@ from variant_kernels.integrations.base import (
     PatchError,
     compare_outputs,
     kept_members,
-    one_thread,
 )
+from variant_kernels.integrations.claims import one_thread
 from variant_kernels.integrations.var import VARFamily
 
 # Of every group normalisation in the VQ-VAE.
@@ -67,12 +67,12 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
             message names what is missing or differs.
     """
     var, vae = _unwrapped("var", var), _unwrapped("vae", vae)
-    with one_thread("accelerate", UserError):
+    with one_thread("accelerate", [*var.modules(), *vae.modules()], UserError):
         return _accelerated(var, vae)
 
 
 def _accelerated(var: nn.Module, vae: nn.Module) -> VARiant:
-    """The same, while no other thread patches one of the two."""
+    """The same, while no other thread patches or compares one of the two."""
     if not FAMILY.recognise(var):
         raise UserError(
             f"accelerate: var must be a VAR of the original repository, with {FAMILY.structure}; "

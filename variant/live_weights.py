@@ -27,7 +27,7 @@ from variant_kernels.integrations.alterations import (
     readable,
     settings_of,
 )
-from variant_kernels.integrations.base import one_thread
+from variant_kernels.integrations.claims import one_thread
 from variant_kernels.untraced import untraced
 
 
@@ -81,7 +81,7 @@ class LiveWeights:
         Raises:
             UserError: it was changed in a way that cannot be followed.
         """
-        with one_thread("accelerate", UserError):
+        with one_thread("accelerate", self.original.modules(), UserError):
             self._check()
 
     def _check(self) -> None:

@@ -6,7 +6,9 @@ head, 3 queries, keys and values, P pages, N tokens in a page, M page-table entr
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -274,6 +276,12 @@ class VARiantAttention(AttentionForward):
         # The original model's constructor reads these attributes.
         self.using_flash = self.using_xform = False
         self.caching, self._pages = False, None
+
+    def __copy__(self) -> Self:
+        """Shares the weights, as every module's; not the pages, to which both would append."""
+        twin = object.__new__(type(self))
+        twin.__setstate__(self.__getstate__() | {"_pages": copy.deepcopy(self._pages)})
+        return twin
 
     def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
         self._check(x, attn_bias)

@@ -6,6 +6,8 @@ M page-table entries.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,8 +39,8 @@ class KVStep:
     consecutive: bool = False
 
 
-# By layer, scale and pages.
-PageTables = dict[tuple[int, int, tuple[int, ...]], KVStep]
+# By all that decides a table: positions, pages, sequences, sizes, device.
+PageTables = dict[Hashable, KVStep]
 
 
 class PagedKVCache:
@@ -62,8 +64,8 @@ class PagedKVCache:
         num_heads, head_dim: of K and V.
         dtype, device: of the pages. With float8_e4m3fn each head of each token has a scale, one
             byte (see ``kv_quantization``); with other dtypes ``scales`` is empty.
-        page_tables: shared by caches of the same plan, batch and device: tables that are already
-            there are used, missing ones are added. None creates a new dictionary.
+        page_tables: may be shared by caches: tables that are already there are used, missing ones
+            are added. None creates a new dictionary.
     Raises:
         TypeError: an argument of another class, or a number that is no integer.
         ValueError: batch, num_heads or head_dim below 1; a dtype that is no floating-point one; a
@@ -141,6 +143,10 @@ class PagedKVCache:
         self.__dict__.update(state | {"_slabs": (slab_bytes.view(dtype), scales_2PNH)})
         self._set_views()
 
+    def __copy__(self) -> PagedKVCache:
+        """As deep: two caches in one slab would overwrite each other's pages."""
+        return copy.deepcopy(self)
+
     def reset(self) -> None:
         """Free all pages and return to the plan's schedule; keep the slab."""
         self.schedule = self._full_schedule
@@ -186,7 +192,7 @@ class PagedKVCache:
         pages = self._allocator.grow(layer, self.plan.layout.tokens[scale])
         self._peak_pages = max(self._peak_pages, self._allocator.used_pages)
         self._scale, self._layer, self._open = scale, layer, True
-        return self._kv_step(layer, scale, pages)
+        return self._kv_step(scale, pages)
 
     def close(self, layer: int, scale: int) -> None:
         """End the attention of ``layer`` at ``scale``; free its pages if it will not run again.
@@ -264,20 +270,19 @@ class PagedKVCache:
             return self._first(following), following
         return None, following
 
-    def _kv_step(self, layer: int, scale: int, pages: tuple[int, ...]) -> KVStep:
-        key = (layer, scale, pages)
+    def _kv_step(self, scale: int, pages: tuple[int, ...]) -> KVStep:
+        layout, device = self.plan.layout, self.k_pages.device
+        first, visible = layout.offsets[scale], layout.visible(scale)
+        size, peak_pages = self.plan.page_size, self.plan.peak_pages
+        key = first, visible, pages, self.batch, size, peak_pages, device
         if key not in self._page_tables:
-            size, layout = self.plan.page_size, self.plan.layout
-            positions = range(layout.offsets[scale], layout.visible(scale))
+            positions = range(first, visible)
             slots_T = [pages[p // size] * size + p % size for p in positions]
             # Sequence b owns the pages from b * peak_pages on; all have the same lifetimes.
-            first_B1 = torch.arange(self.batch, device="cpu").unsqueeze(1) * self.plan.peak_pages
+            first_B1 = torch.arange(self.batch, device="cpu").unsqueeze(1) * peak_pages
             slots_BT = torch.tensor(slots_T, device="cpu").unsqueeze(0) + first_B1 * size
             table_BM = (torch.tensor(pages, device="cpu").unsqueeze(0) + first_B1).to(torch.int32)
-            lens_B = torch.full(
-                (self.batch,), layout.visible(scale), dtype=torch.int32, device="cpu"
-            )
-            device = self.k_pages.device
+            lens_B = torch.full((self.batch,), visible, dtype=torch.int32, device="cpu")
             self._page_tables[key] = KVStep(
                 slots_BT.to(device),
                 table_BM.to(device),

@@ -516,6 +516,26 @@ def test_any_error_becomes_one_printable_line():
         )
 
 
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (MemoryError(), "this machine"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "this machine"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the GPU"),
+    ],
+)
+def test_an_error_of_memory_says_for_what_it_was_asked(error, where):
+    with pytest.raises(MemoryError) as caught, messages.memory_for("training of r.toml", "do less"):
+        raise error
+    assert messages.one_line(caught.value, "train") == (
+        f"training of r.toml: {where} has too little memory for it; do less"
+    )
+    for other in (MemoryError("image 3 does not fit"), RuntimeError("another"), KeyError("k")):
+        with pytest.raises(type(other)) as caught, messages.memory_for("x", "y"):
+            raise other
+        assert caught.value is other
+
+
 def test_warnings_of_libraries_are_one_line(run, monkeypatch):
     def warn(command):
         warnings.warn("first\n  second", RuntimeWarning, stacklevel=1)

@@ -37,7 +37,7 @@ def test_a_check_prints_what_the_run_will_be(run):
 def test_a_check_without_the_images_says_so(run):
     code, printed, _ = run("recipe", "check", "imagenet-var-d30")
     assert code == 0
-    assert "not there: imagenet/train: no such folder of images" in printed
+    assert "not there: data.train: imagenet/train: no such folder of images" in printed
     assert "25 epochs, batches of 1024 in" in printed
     assert "2,010,020,356 parameters" in printed
 
@@ -49,14 +49,14 @@ def test_a_check_names_what_is_wrong_with_images_that_are_there(run, tmp_path):
         (tmp_path / part / "cat").mkdir(parents=True)
     code, printed, error = run("recipe", "check", *words)
     assert code == 1
-    assert f"problem: {tmp_path}/train/cat: holds no image (.jpeg" in printed
+    assert f"problem: data.train: {tmp_path}/train/cat: holds no image (.jpeg" in printed
     assert "images       cannot be read\n" in printed
     assert error.endswith("has 1 problem, listed above\n")
     (tmp_path / "train" / "cat").rmdir()
     (tmp_path / "train").rmdir()
     code, printed, _ = run("recipe", "check", *words)
     assert code == 0
-    assert f"not there: {tmp_path}/train: no such folder" in printed
+    assert f"not there: data.train: {tmp_path}/train: no such folder" in printed
 
 
 def test_a_check_names_every_problem_on_a_line_of_its_own(run):

@@ -1,5 +1,6 @@
 """``variant search``: from images to a schedule that other commands take."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from PIL import Image
 from small_models import small_model
 
 from variant import VARiant, load_schedule
+from variant.cli import search as module_of_command
 from variant.cli import search_job as module
 from variant.cli.main import main
 from variant.cli.search import LOCK_NAME
+from variant.cli.search_job import RECORD, SCHEDULE
 from variant.data.sources import open_data
 from variant.errors import UserError
 from variant.folder_lock import locked_folder
@@ -260,6 +264,53 @@ def test_the_time_of_the_found_schedule_is_measured_beside_the_table(
     code, printed, error = run(*few)
     assert record_of(tmp_path)["latency_measured"] is None
     assert "Measured" not in printed
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_record_is_of_the_schedule_beside_it_whenever_a_search_is_killed(
+    tmp_path, monkeypatch, renames, link
+):
+    """Of a resumed search too, which finds the files of the one before."""
+
+    class Killed(BaseException):
+        pass
+
+    def write(depths):
+        job = SimpleNamespace(
+            folder=tmp_path, command=SimpleNamespace(model="m"), data="d", budgets={"kv": 1.0},
+            schedule_of=lambda found: DepthSchedule.from_depths(found.schedule, full_depth=4),
+        )  # fmt: skip
+        found = SimpleNamespace(schedule=depths, costs={"kv": 0.5})
+        module_of_command._write(job, found, {"best": depths})
+
+    def pair():
+        """The depths of the schedule, and those of the record, if there is one."""
+        schedule = load_schedule(tmp_path / SCHEDULE)
+        record = tmp_path / RECORD
+        best = json.loads(record.read_text())["best"] if record.exists() else None
+        return [len(layers) for layers in schedule.layers], best
+
+    if link:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / RECORD).symlink_to(tmp_path / "elsewhere" / RECORD)
+    write([4, 4])
+    left, replace = [renames], os.replace
+
+    def replace_until_killed(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_until_killed)
+    with contextlib.suppress(Killed):
+        write([4, 2])
+    monkeypatch.undo()
+    assert pair() == [([4, 4], None), ([4, 2], None), ([4, 2], [4, 2])][renames]
+    write([4, 3])
+    assert pair() == ([4, 3], [4, 3])
+    assert (tmp_path / RECORD).is_symlink() == link
 
 
 def test_two_searches_in_one_folder_are_refused(words, run):

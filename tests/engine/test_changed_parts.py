@@ -338,6 +338,56 @@ def test_settings_of_parts_that_change_are_seen(change, options):
     assert torch.equal(engine.generate(LABELS, seed=0).images, images)
 
 
+class Counting(nn.Module):
+    """A part with a setting, which counts its calls."""
+
+    def __init__(self, inner, gain=1.5):
+        super().__init__()
+        self.inner, self.gain, self.calls = inner, gain, 0
+
+    def forward(self, *arguments):
+        self.calls += 1
+        return self.gain * self.inner(*arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": False}, BF16], ids=["own", "plain", "bf16"])
+def test_a_counter_in_a_part_that_is_called_makes_no_new_weights(options):
+    model = gated_model()
+    called = ("var.class_emb", "var.lvl_embed", "vae.decoder.mid", "vae.encoder")
+    for path in (*called, *(() if casts(options) else ("var.blocks.1.ada_lin",))):
+        owner, name = owner_of(model, path)
+        setattr(owner, name, Counting(getattr(owner, name)))
+    engine = Engine(model.var, model.vae, **options)
+    engine.generate(LABELS, seed=0)
+    weights, calls = engine._weights(), model.var.class_emb.calls
+    size = model.vae.config.image_size
+    for path in (None, *called[:3]):
+        if path is not None:
+            model.get_submodule(path).gain = 0.5
+        else:
+            model.vae.encode(torch.zeros(1, 3, size, size))
+        decode = path in (None, "vae.decoder.mid")
+        found = [engine.generate(LABELS, seed=0, decode=decode) for _ in range(2)]
+        twin = copy.deepcopy(model)
+        expected = Engine(twin.var, twin.vae, **options).generate(LABELS, seed=0)
+        assert all(torch.equal(result.tokens, expected.tokens) for result in found), path
+        assert not decode or torch.equal(found[1].images, expected.images), path
+        assert path is not None or engine._weights() is weights
+    assert model.var.class_emb.calls > calls
+
+
+def test_a_hook_that_counts_on_a_part_that_is_read_makes_no_new_weights():
+    model = small_model()
+    block = model.var.blocks[1]
+    block.calls = 0
+    block.register_forward_hook(lambda *_: setattr(block, "calls", block.calls + 1))
+    engine = Engine(model.var, model.vae)
+    weights, calls = engine._weights(), block.calls
+    engine.generate(LABELS, seed=0)
+    assert engine._weights() is weights
+    assert block.calls == calls > 0
+
+
 @pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
 def test_parameters_of_any_stride_give_the_same(options):
     model = gated_model()

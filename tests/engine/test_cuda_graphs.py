@@ -1,8 +1,10 @@
 """Graph replay on the CPU: a test double records a call and repeats it as a graph would."""
 
+import copy
 import gc
 import weakref
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from unittest.mock import MagicMock
 
@@ -138,6 +140,46 @@ def test_new_weights_are_recorded_anew(recorder):
     assert same(changed, Engine(model.var, model.vae, capture=False).generate([1, 2], seed=0))
 
 
+class Counting(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.gain, self.calls = inner, 1.0, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.gain * self.inner(x)
+
+
+def test_settings_of_parts_that_are_called_are_recorded_anew_but_no_counters(recorder, monkeypatch):
+    model = small_model()
+    part = model.var.class_emb = Counting(model.var.class_emb)
+    record = recorder.record
+
+    def record_as_graph(function):
+        """A replay has the setting of the recording, and does not count."""
+        recording, gain = record(function), part.gain
+
+        def replay():
+            now, part.gain = (part.gain, part.calls), gain
+            recording.replay()
+            part.gain, part.calls = now
+
+        return replace(recording, replay=replay)
+
+    monkeypatch.setattr(recorder, "record", record_as_graph)
+    engine = Engine(model.var, model.vae)
+    engine.generate([1, 2], seed=0)
+    weights = engine._weights()
+    for gain, recorded in ((1.0, 2), (30.0, 4)):
+        part.gain = gain
+        results = [engine.generate([1, 2], seed=0) for _ in range(2)]
+        assert recorder.recorded == recorded
+        twin = copy.deepcopy(model)
+        expected = Engine(twin.var, twin.vae, capture=False).generate([1, 2], seed=0)
+        assert all(same(result, expected) for result in results)
+    assert engine._weights() is weights
+
+
 def test_a_call_that_is_not_recorded_looks_at_the_weights_first(recorder):
     """Its callback would run a second time after a batch of old weights was discarded."""
     model = small_model()
@@ -160,9 +202,9 @@ def order(recorder, monkeypatch):
         seen.append("replay" if key in self else "record")
         return run(self, key, *arguments)
 
-    def noted_look(self, var, vae):
+    def noted_look(self, *arguments):
         seen.append("look")
-        return look(self, var, vae)
+        return look(self, *arguments)
 
     def free_bytes(device):
         seen.append("memory")

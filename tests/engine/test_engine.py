@@ -415,6 +415,23 @@ def test_weights_without_values_are_named(part):
         Engine(var, vae)
 
 
+@pytest.mark.parametrize("part", ["var", "vae", "vae.quantize"])
+def test_weights_that_lose_their_values_are_named(part):
+    model = small_model()
+    model.generate([1], seed=3)
+    model.get_submodule(part).to("meta")
+    with pytest.raises(ValueError, match=rf'^Engine: .*; {part}\..* is on "meta"'):
+        model.generate([1], seed=3)
+
+
+def test_a_used_engine_does_not_need_the_values_of_the_encoder():
+    model = small_model()
+    before = model.generate([1], seed=3)
+    model.vae.encoder.to("meta")
+    assert torch.equal(model.generate([1], seed=3).images, before.images)
+    assert torch.equal(Engine(model.var, model.vae).generate([1], seed=3).images, before.images)
+
+
 def test_a_used_model_can_be_pickled_and_copied():
     model = small_model()
     before = model.generate([1], seed=3)

@@ -137,3 +137,34 @@ def test_they_rest_in_one_thread_and_are_put_back():
     assert torch.equal(part(x), found["rest"])
     assert torch.equal(found["other"], 1.5 * found["rest"])
     assert torch.equal(found["kept"], 1.5 * kept(x))
+
+
+def test_two_threads_pause_them_at_once():
+    part, x, found = nn.Linear(2, 2), torch.ones(1, 2), {}
+    table = torch_module._global_forward_hooks
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with without_global_hooks():
+            inside.set()
+            leave.wait(60)
+            found["other"] = part(x)
+
+    plain = part(x)
+    with hooked(scaled(nn.Linear)):
+        before = dict(table)
+        thread = threading.Thread(target=other)
+        thread.start()
+        inside.wait(60)
+        with without_global_hooks():
+            with without_global_hooks(but=[part]):
+                found["kept"] = part(x)
+            found["inside"] = part(x)
+        found["after"] = part(x)
+        leave.set()
+        thread.join()
+        assert dict(table) == before
+    assert torch.equal(found["other"], plain)
+    assert torch.equal(found["inside"], plain)
+    assert torch.equal(found["kept"], 1.5 * plain)
+    assert torch.equal(found["after"], 1.5 * plain)

@@ -677,6 +677,16 @@ def test_a_table_by_depth_bridge_and_lever(tmp_path, monkeypatch, capsys):
     assert by_scale[0]["metrics"] == result["settings"][1]["metrics"]
     assert by_scale[0]["kv_bytes"] == sizes[2, 1, "exact"]
     assert by_scale[1]["layers"] == [[0, 1, 2, 3], [0, 1, 3], [0, 3]]
+    # Foreign images in a folder of a setting would be counted: refused, before any work.
+    foreign = Path("runs/eval/depth2-bridge2-fp8/mine.png")
+    foreign.write_bytes(Path("runs/eval/depth2-bridge1-exact/000000_class0.png").read_bytes())
+    every = [*words[:9], "--depths", "4", "2", "--bridges", "1", "2", "--kv-dtypes", "exact", "fp8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_depths, "_one", lambda *_: pytest.fail("evaluated"))
+        capsys.readouterr()
+        assert main(every) == 1
+    message = f"{foreign.parent}: holds {foreign.name}, which is none of this run's images"
+    assert message in capsys.readouterr().err
     # One setting is that of its own images.
     assert main(
         ["eval", "--images", "runs/eval/depth2-bridge1-exact", "--reference", "real.npz",

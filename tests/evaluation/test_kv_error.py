@@ -64,6 +64,14 @@ def test_the_first_scale_that_changes_is_found(monkeypatch):
     assert greedy_change(engine, torch.arange(2), depth=4) == (2 / 28, 1, 1)
 
 
+def test_equally_likely_tokens_are_no_change():
+    model = small_model()
+    with torch.no_grad():  # every logit is 0: a greedy token is drawn among all
+        model.var.head.weight.zero_()
+        model.var.head.bias.zero_()
+    assert greedy_change(Engine(model.var, model.vae), torch.arange(2), depth=4) == (0, 0, None)
+
+
 def test_an_engine_with_8_bit_kv_is_refused():
     model = small_model()
     with pytest.raises(ValueError, match="must keep exact K/V"):

@@ -496,6 +496,43 @@ def test_a_folder_with_other_images_than_its_record_says_is_warned_about(
         "eval: a holds 22 images; its record of `variant sample` says 23"
     ]
 
+    # As many as the record says, but not those.
+    shutil.copy("a/000006_class1.png", "a/mine.png")
+    assert main([*evaluate, "--json", "a.json"]) == 0
+    assert json.loads(Path("a.json").read_text())["warnings"] == [
+        "eval: a holds mine.png; its record of `variant sample` has no such image",
+        "eval: 1 of 23 images of a equal an earlier one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("png", "mine.png"),
+        ("png", "000023_class3.png"),
+        ("png", "below/000001_class1.JPG"),
+        ("png", "part-00000.tar"),
+        ("webdataset", "part-00003.tar"),
+        ("webdataset", "mine.png"),
+    ],
+)
+def test_foreign_images_are_refused_before_they_would_be_evaluated(tmp_path, form, name):
+    files = SampleFiles(tmp_path / "a", form, 23, range(5), 5)
+    assert not sampler.check_run(files, {"num": 23})
+    files.folder.mkdir()
+    (files.folder / "sample.json").write_text(json.dumps({"format": "variant-sample-1", "num": 23}))
+    own = [files.image_file(22)] if form == "png" else [files.unit_file(0)]
+    for path in (*own, files.folder / ".hidden.png", files.folder / "notes.txt"):
+        path.write_bytes(b"")
+    assert sampler.check_run(files, {"num": 23})
+    (files.folder / name).parent.mkdir(exist_ok=True)
+    (files.folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"a: holds {name}, which is none of this run's images"):
+        sampler.check_run(files, {"num": 23})
+    # Other settings are told first: images of theirs are no strangers.
+    with pytest.raises(UserError, match=r"with other settings: num 23 -> 20; give"):
+        sampler.check_run(dataclasses.replace(files, num=20), {"num": 20})
+
 
 def test_the_record_of_an_npz_is_of_no_folder_beside_it(model, tmp_path, monkeypatch):
     (tmp_path / "tones.py").write_text(

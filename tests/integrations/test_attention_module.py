@@ -217,6 +217,20 @@ def test_caching_matches_concatenation(l2, dtype):
             assert ours._pages is None
 
 
+def test_a_shallow_copy_in_the_middle_of_caching_caches_apart():
+    _, ours = pair()
+    x, other = torch.randn(2, 2, 5, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours.kv_caching(True)
+        ours(x, None)
+        expected = [copy.deepcopy(ours)(y, None) for y in (x, other)]
+        twin = copy.copy(ours)
+        found = [twin(x, None), ours(other, None)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert twin.mat_qkv is ours.mat_qkv
+    assert twin.caching
+
+
 def test_a_mask_while_caching_matches():
     theirs, ours = pair()
     bias = causal()

@@ -1,8 +1,10 @@
 """Threads that patch, unpatch and accelerate one model at the same time."""
 
+import contextlib
 import os
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from small_models import small_model
 import variant
 from variant.errors import UserError
 from variant_kernels import patch
-from variant_kernels.integrations import PatchError, base
+from variant_kernels.integrations import PatchError, base, claims, classes
 
 LABELS = torch.tensor([1, 3])
 
@@ -128,50 +130,155 @@ def test_an_unpatch_that_is_refused_lets_generations_begin(model):
         del model.blocks[0].attn.forward
 
 
+def exit_code_of_fork(work):
+    """Of a forked process: 0 if ``work`` returns True there."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            code = 0 if work() else 1
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_forked_process_patches_while_a_thread_of_its_parent_did():
-    held, done = threading.Event(), threading.Event()
+def test_a_forked_process_patches_while_a_thread_of_its_parent_did(monkeypatch):
+    held, done, part = threading.Event(), threading.Event(), torch.nn.Identity()
+    monkeypatch.setattr(claims, "PATIENCE", 1.0)
 
     def hold():
-        with base.one_thread("patch"):
+        with claims.one_thread("patch", [part]):
             held.set()
             done.wait(60)
+
+    def claim():
+        with claims.one_thread("patch", [part]):
+            return True
 
     thread = threading.Thread(target=hold, daemon=True)
     thread.start()
     held.wait(60)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if base._CHANGES.acquire(timeout=1) else 1)
+    code = exit_code_of_fork(claim)
     done.set()
     thread.join(60)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert code == 0
 
 
-def test_a_thread_that_waits_for_ever_is_told_why(model, monkeypatch):
-    vae, handle = small_model().vae, patch(lookalike(sides=(1, 2, 3), vocab=24, depth=2))
-    ours = variant.accelerate(model, vae)
-    monkeypatch.setattr(base, "PATIENCE", 0.01)
-    results = []
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_within_a_patch_has_the_model_until_its_own_patch_ends(monkeypatch):
+    part = torch.nn.Identity()
+    monkeypatch.setattr(claims, "PATIENCE", 0.0)
+
+    def claim(_=None):
+        with claims.one_thread("patch", [part]):
+            return True
+
+    def work():
+        (during,) = run_in_threads(claim, 1)
+        stack.close()
+        return isinstance(during, PatchError) and run_in_threads(claim, 1) == [True]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claims.one_thread("patch", [part]))
+        assert exit_code_of_fork(work) == 0
+        assert isinstance(run_in_threads(claim, 1)[0], PatchError)  # the parent still has it
+
+
+def test_a_thread_waits_for_its_own_model_alone_and_is_told_why(model, monkeypatch):
+    """Models that share a block, or the VQ-VAE, wait for each other; others do not."""
+    vae, other = small_model().vae, lookalike(sides=(1, 2, 3), vocab=24, depth=2)
+    tokens, handle = paint(model), patch(other)
+    ours = variant.accelerate(other, vae)
+    sharing = lookalike(sides=(1, 2, 3), vocab=24, depth=2)
+    sharing.blocks[1] = other.blocks[1]
+    monkeypatch.setattr(claims, "PATIENCE", 0.01)
+    refused, free = [], []
 
     def wait(*_):
-        results.extend(run_in_threads(lambda index: patch(model), 1))
-        results.extend(run_in_threads(lambda index: handle.unpatch(), 1))
-        results.extend(run_in_threads(lambda index: variant.accelerate(model, vae), 1))
-        results.extend(run_in_threads(lambda index: ours.generate([1], seed=0), 1))
-
-    other = lookalike(depth=2)
-    hook = other.blocks[0].register_forward_pre_hook(wait)
-    with patch(other):
         hook.remove()
+        for work in (
+            lambda index: patch(sharing),
+            lambda index: handle.unpatch(),
+            lambda index: patch(other),
+            lambda index: variant.accelerate(other, vae),
+            lambda index: variant.accelerate(model, vae),
+            lambda index: ours.generate([1], seed=0),
+        ):
+            refused.extend(run_in_threads(work, 1))
+        free.extend(run_in_threads(lambda index: variant.accelerate(model, small_model().vae), 1))
+        with patch(model):
+            free.append(paint(model))
+        free.extend(run_in_threads(lambda index: patch(model).unpatch(), 1))
+
+    hook = vae.decoder.register_forward_pre_hook(wait)
+    variant.accelerate(other, vae)
     for result, (kind, op) in zip(
-        results[:4],
-        [(PatchError, "patch"), (PatchError, "unpatch")] + [(UserError, "accelerate")] * 2,
+        refused,
+        [(PatchError, "patch"), (PatchError, "unpatch"), (PatchError, "patch")]
+        + [(UserError, "accelerate")] * 3,
         strict=True,
     ):
-        assert type(result) is kind
+        assert type(result) is kind, result
         assert str(result).startswith(f"{op}: another thread has been patching, unpatching or comp")
+    accelerated, painted, unpatched = free
+    assert isinstance(accelerated, variant.VARiant)
+    assert torch.equal(painted, tokens)
+    assert unpatched is None
     handle.unpatch()
-    with patch(model):
-        ours.generate([1], seed=0)
+    patch(sharing).unpatch()
+    ours.generate([1], seed=0)
+
+
+def test_models_that_share_a_vae_are_accelerated_at_the_same_time(model):
+    vae = small_model().vae
+    models = [model, lookalike(sides=(1, 2, 3), vocab=24, depth=2)]
+    expected = [variant.accelerate(m, vae).generate([1], seed=0).images for m in models]
+    before = members(vae)
+    results = run_in_threads(
+        lambda index: (
+            index % 2,
+            variant.accelerate(models[index % 2], vae).generate([1], seed=0).images,
+        ),
+        4,
+    )
+    for index, images in results:
+        assert torch.equal(images, expected[index])
+    assert is_same(before, members(vae))
+
+
+def test_a_model_can_be_walked_through_while_its_members_are_restored():
+    """A thread that waits for a model lists its modules first."""
+    part: Any = torch.nn.Linear(2, 2)
+    part.cache, part.extra = None, 1
+    kinds = []
+
+    class Member:
+        def __del__(self):
+            kinds.append([type(module) for module in part.modules()])
+
+    with base.kept_members(part):
+        del part.cache
+        part.extra, part.cache = Member(), Member()
+    assert kinds == [[torch.nn.Linear]] * 2
+    assert list(vars(part))[-2:] == ["cache", "extra"]
+    assert (part.cache, part.extra) == (None, 1)
+
+
+def test_one_class_is_made_for_a_patch_whichever_thread_makes_it(monkeypatch):
+    made, make = [], classes._made_class
+
+    def make_slowly(mixin, original):
+        kind = make(mixin, original)
+        made.append(kind)
+        begin.wait()
+        return kind
+
+    class Part(torch.nn.Identity):
+        pass
+
+    begin = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(classes, "_made_class", make_slowly)
+    first, second = run_in_threads(lambda index: classes.patched_class(base.Patched, Part), 2)
+    assert len(made) == 2
+    assert first is second is classes.patched_class(base.Patched, Part)

@@ -1,5 +1,8 @@
 """The cache stores K/V as planned, in pages that no other layer uses, and reuses freed pages."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -316,3 +319,33 @@ def test_growing_pages_of_one_sequence_follow_one_another():
     step = GrowingPages(torch.zeros(1, 1, 3, 2, 16)).open(17)
     assert step.consecutive is True
     assert step.page_table_BM.tolist() == [[0, 1]]
+
+
+def test_caches_of_different_plans_may_share_page_tables():
+    tables = {}
+    cases = itertools.product(((1, 2, 3), (1, 3, 4)), (1, 2), (3, 4), (2, 3))
+    for sides, batch, page_size, depth in cases:
+        layout = ScaleLayout.from_patch_nums(sides)
+        plan = CachePlan(layout, DepthSchedule.full(depth, 3), page_size)
+        cache = PagedKVCache(plan, batch, HEADS, HEAD_DIM, torch.float32, page_tables=tables)
+        walk(cache, check_contents)
+    count = len(tables)
+    cache.reset()
+    walk(cache, check_contents)
+    assert len(tables) == count > 0
+
+
+def test_a_shallow_copy_in_the_middle_has_pages_of_its_own():
+    cache = make(DepthSchedule.full(2, 4))
+    twins = []
+
+    def check(cache, step, layer, scale):
+        check_contents(cache, step, layer, scale)
+        if (layer, scale) == (0, 1):
+            twins.append(copy.copy(cache))
+            twins[0].k_pages.fill_(7.0)
+            twins[0].close(layer, scale)
+            twins[0].open(1, scale)
+
+    walk(cache, check)
+    assert twins[0].used_bytes > 0

@@ -294,6 +294,9 @@ def test_wrong_targets_are_named():
         var(labels, x_teacher, targets_BL=targets[:, 1:])
     with pytest.raises(ValueError, match=r"targets_BL must be .* int64; got .* torch.int32"):
         var(labels, x_teacher, targets_BL=targets.int())
+    for token in (-100, -1, var.config.vocab_size):
+        with pytest.raises(ValueError, match=rf"targets_BL must be in \[0, .*\); got {token}"):
+            var(labels, x_teacher, targets_BL=targets.index_fill(1, torch.tensor([3]), token))
     with pytest.raises(TypeError, match="execution must be"):
         var(labels, x_teacher, execution="full")
 

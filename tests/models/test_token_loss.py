@@ -5,8 +5,9 @@ import torch
 from live_bytes import LiveBytes
 from torch.nn import functional as F
 
-from variant.models import token_loss
+from variant.models import token_loss, var
 from variant.models.token_loss import linear_cross_entropy
+from variant.training.distillation import distillation_loss
 
 
 def case(dtype, weight_dtype, *, tokens=(3, 37), width=24, vocab=50):
@@ -124,3 +125,30 @@ def test_transforms_of_torch_func_and_forward_mode_work():
     several = torch.stack([plain[0], 2 * plain[0]])
     mapped = torch.func.vmap(ours, (0, None, None))(several, *plain[1:])
     torch.testing.assert_close(mapped, torch.stack([ours(h, *plain[1:]) for h in several]))
+
+
+@pytest.mark.parametrize("target", [-100, -1, 50])
+def test_no_path_leaves_out_a_token(target):
+    """Values on a GPU are not checked beforehand: each path has to fail by itself."""
+    h, weight, bias, targets = case(torch.float32, torch.float32)
+    targets[1, 3] = target
+    head = torch.nn.Linear(24, 50).requires_grad_(False)
+    looked_at = torch.nn.Linear(24, 50)
+    looked_at.register_forward_hook(lambda *_: None)
+    logits = head(h)
+    for compute in (
+        lambda: linear_cross_entropy(h, weight, bias, targets),
+        lambda: torch.func.grad(lambda h: linear_cross_entropy(h, weight, bias, targets).mean)(h),
+        lambda: var.token_loss(head, h, targets),
+        lambda: var.token_loss(looked_at, h, targets),
+        lambda: distillation_loss(logits, targets, logits, 0.5),
+    ):
+        with pytest.raises(RuntimeError, match=rf"index {target} is out of bounds"):
+            compute()
+
+
+def test_logits_of_other_tokens_than_the_targets_are_refused():
+    h, _, _, targets = case(torch.float32, torch.float32)
+    longer = torch.nn.Sequential(torch.nn.Linear(24, 50), torch.nn.ZeroPad2d((0, 0, 0, 1)))
+    with pytest.raises(ValueError, match=r"logits must be \(\*\(3, 37\), V\).* \(3, 38, 50\)"):
+        var.token_loss(longer, h, targets)

@@ -191,8 +191,8 @@ def _recipe(files: Files, folder: Path, rng: random.Random) -> Hostile:
     if command == "train":
         shutil.copytree(files.root / "run", folder / "run")
     words = [command, "--recipe", str(path), "--out", str(folder / "run")]
-    # A path of the recipe's data is named itself, a long one by its first characters.
-    names = ("recipe", "tiny", "xxx", "passwd", "/dev/zero", str(folder))
+    # A path of the data is named with its key, a long one by its first characters.
+    names = ("recipe", "data.", "tiny", "xxx", "passwd", "/dev/zero", str(folder))
     return Hostile(f"{command} of a recipe with {text}", words, names)
 
 

@@ -121,7 +121,7 @@ def test_missing_and_broken_image_folders_are_one_line(recipe, tmp_path):
             dataclasses.replace(recipe, data=section), tmp_path / "o", console=quiet(), device=CPU
         )
 
-    with pytest.raises(UserError, match="nowhere: no such folder of images"):
+    with pytest.raises(UserError, match=r"^data\.train: .*nowhere: no such folder of images"):
         run(train=str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="one sub-folder of images per class; it has none"):

@@ -17,10 +17,17 @@ from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.logging_section import LoggingSection
-from variant.training.perceptual import VGG16Features, function_loss, lpips_loss
+from variant.training.meters import Meters
+from variant.training.perceptual import (
+    PerceptualLoss,
+    VGG16Features,
+    function_loss,
+    lpips_loss,
+)
 from variant.training.recipe import VAETraining
+from variant.training.run_setup import RunSetup
 from variant.training.vae_sections import AdversarySection, PerceptualSection
-from variant.training.vae_task import train_vae
+from variant.training.vae_task import VAETask, train_vae
 
 
 def with_losses(recipe, **changes):
@@ -121,6 +128,28 @@ def test_bf16_parts_and_r1_train(recipe, tmp_path):
     assert train_vae(recipe, tmp_path, console=quiet(), device=CPU).steps == 4
     for line in steps_of(tmp_path, "vae"):
         assert line["gradient_norm/discriminator"] > 0
+
+
+def test_a_part_weighs_as_many_as_its_images_in_what_is_reported(recipe, tmp_path):
+    recipe = with_losses(recipe, entropy=0.1, entropy_temperature=1.0)
+    setup = RunSetup("vae", recipe, OPTIM, tmp_path, device=CPU)
+    perceptual = PerceptualLoss(lambda images: [images], "pixels")
+    torch.manual_seed(0)
+    task = VAETask(VQVAE(recipe.vae), setup.data, recipe, CPU, 2, perceptual=perceptual)
+
+    def measured(*parts):
+        task.meters = Meters(CPU)
+        for part in parts:
+            task.loss(part, 0, 1)
+        return task.meters.means()
+
+    few, many = [0], [13, 14, 15]  # of two parts, or processes
+    both, ones, twos = measured(few, many), measured(few), measured(many)
+    assert {"loss/perceptual", "loss/discriminator", "adversary/weight"} <= both.keys()
+    assert {"loss/quantization", "loss/entropy"} <= both.keys()
+    for key, value in both.items():
+        assert ones[key] != pytest.approx(twos[key]), key
+        assert value == pytest.approx((ones[key] + 3 * twos[key]) / 4), key
 
 
 def test_nothing_reaches_the_network(recipe, tmp_path, monkeypatch):

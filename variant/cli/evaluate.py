@@ -45,7 +45,7 @@ from variant.evaluation.report import (
 )
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
-from variant.evaluation.sampler import record_of_npz
+from variant.evaluation.sampler import image_name, record_of_npz
 from variant.models.placement import check_device
 from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, read_json, shown
@@ -366,15 +366,23 @@ def _record(path: Path) -> dict[str, Any] | None:
 def _check_number(images: ImageSet, generated: Mapping[str, Any] | None) -> None:
     """Warns: RuntimeWarning, if there are not the images of `variant sample` and no others."""
     recorded = {} if generated is None else generated
-    num = recorded.get("num")
-    if recorded.get("format") == SAMPLE_FORMAT and num != images.count:
+    if recorded.get("format") != SAMPLE_FORMAT:
+        return
+    num, classes = recorded.get("num"), recorded.get("classes")
+    text = None
+    if num != images.count:
         says = f"{num:,}" if type(num) is int else repr(num)[:SHOWN]
-        warnings.warn(
-            f"eval: {images.name} holds {counted(images.count, 'image')}; its record of `variant "
-            f"sample` says {says}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        held = counted(images.count, "image")
+        text = f"holds {held}; its record of `variant sample` says {says}"
+    elif images.names is not None and isinstance(classes, list) and classes:
+        own = {image_name(index, classes) for index in range(images.count)}
+        # Of an image in a shard the name within it.
+        names = (name.rpartition("/")[2].rpartition(": ")[2] for name in images.names)
+        foreign = next((name for name in names if name not in own), None)
+        if foreign is not None:
+            text = f"holds {shown(foreign)}; its record of `variant sample` has no such image"
+    if text is not None:
+        warnings.warn(f"eval: {images.name} {text}", RuntimeWarning, stacklevel=2)
 
 
 # --- two results --------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from variant.bench.environment import environment
 from variant.cli.options import Eval, Sample
@@ -40,7 +40,7 @@ from variant.evaluation.report import (
     evaluate,
     extract,
 )
-from variant.evaluation.sampler import SampleFiles, sample
+from variant.evaluation.sampler import SampleFiles, check_run, sample
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
@@ -104,6 +104,14 @@ class Setting:
         return values if schedule is None else {**values, **schedule.to_dict()}
 
 
+class Run(NamedTuple):
+    """A setting, the files of its images, and all that these depend on."""
+
+    setting: Setting
+    files: SampleFiles
+    generated: dict[str, Any]
+
+
 def check_out(out: Path) -> None:
     """Fails before the work if the images cannot be written there, or must not.
 
@@ -135,7 +143,9 @@ def evaluate_depths(
     side = model.vae.config.image_size
     check_sets(reference, command.model, num, (side, side))
     sampling = Sampling(1.5, min(TOP_K, config.vocab_size), 0.96, command.seed)
-    settings = _settings(command, engine)
+    runs = [_run(command, engine, sampling, setting, num) for setting in _settings(command, engine)]
+    for run in runs:
+        check_run(run.files, run.generated)
     network = network_of((side, side))
     labels = range(config.num_classes)
     check_reference(reference, network, command.model, num, (side, side), labels)
@@ -145,8 +155,9 @@ def evaluate_depths(
             real = extract(reference.images, network, command.batch, advance)
     rows: list[tuple[Setting, float, Evaluation]] = []
     records = []
-    for setting in settings:
-        result, record = _one(command, engine, sampling, setting, num, reference, network, real)
+    for run in runs:
+        setting = run.setting
+        result, record = _one(command, engine, sampling, run, reference, network, real)
         records.append(record)
         rows.append((setting, _seconds(engine, sampling, setting, min(num, command.batch)), result))
     machine = environment()
@@ -208,21 +219,9 @@ def _settings(command: Eval, engine: Engine) -> list[Setting]:
     return rows
 
 
-def _one(
-    command: Eval,
-    engine: Engine,
-    sampling: Sampling,
-    setting: Setting,
-    num: int,
-    reference: Reference,
-    network: FeatureNetwork,
-    real: Any,
-) -> tuple[Evaluation, dict[str, Any]]:
-    """The metrics of a setting; what its images were generated from, and warnings, for JSON."""
-    name, call = setting.name, setting.call()
-    files = SampleFiles(
-        Path(command.out) / name, "png", num, range(engine.var.config.num_classes), command.batch
-    )
+def _run(command: Eval, engine: Engine, sampling: Sampling, setting: Setting, num: int) -> Run:
+    classes = range(engine.var.config.num_classes)
+    files = SampleFiles(Path(command.out) / setting.name, "png", num, classes, command.batch)
     recorded = Sample(
         model=str(command.model),
         depth=None if setting.schedule is not None else setting.depth,
@@ -230,17 +229,30 @@ def _one(
         schedule=setting.source,
         seed=command.seed,
         device=command.device,
-        kv_dtype=call["kv_dtype"],
+        kv_dtype=setting.call()["kv_dtype"],
         batch=command.batch,
     )
-    generated = settings_of(recorded, engine, files, sampling)
-    with progress("eval", name, num, command.json) as advance:
+    return Run(setting, files, settings_of(recorded, engine, files, sampling))
+
+
+def _one(
+    command: Eval,
+    engine: Engine,
+    sampling: Sampling,
+    run: Run,
+    reference: Reference,
+    network: FeatureNetwork,
+    real: Any,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The metrics of a setting; what its images were generated from, and warnings, for JSON."""
+    name, files = run.setting.name, run.files
+    with progress("eval", name, files.num, command.json) as advance:
         sample(
             engine,
             sampling,
             files,
-            generated,
-            **call,
+            run.generated,
+            **run.setting.call(),
             report=lambda images, total: advance(images, name),
         )
     with warnings.catch_warnings(record=True) as heard:
@@ -251,7 +263,7 @@ def _one(
     notes = list(dict.fromkeys(str(warning.message) for warning in heard))
     for note in notes:
         out.print(f"warning: {name}: {note}")
-    return result, {"generated": generated, "warnings": notes}
+    return result, {"generated": run.generated, "warnings": notes}
 
 
 def _seconds(engine: Engine, sampling: Sampling, setting: Setting, batch: int) -> float:

@@ -45,13 +45,36 @@ def one_line(error: Exception, command: str) -> str:
     text = plain(str(error))
     if isinstance(error, OSError) and error.strerror:
         return f"{_place_of(error, command)}: {plain(error.strerror)}"
-    if (isinstance(error, MemoryError) and not text) or (
-        isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY)
-    ):
+    if is_unnamed_memory(error):
         return f"{command}: this machine has too little memory for it"
     if isinstance(error, UserError | ValueError | MemoryError) and text:
         return in_words(text, command)
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def is_unnamed_memory(error: Exception) -> bool:
+    """Whether memory was refused by Python or torch, which do not say for what."""
+    text = str(error)
+    return (isinstance(error, MemoryError) and not text) or (
+        isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY)
+    )
+
+
+@contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Within the block, an error of memory says for what it was asked.
+
+    Raises:
+        MemoryError: the block raised one, or torch's error of it, without such words.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is imported late
+        if not on_gpu and not is_unnamed_memory(error):
+            raise
+        where = "the GPU" if on_gpu else "this machine"
+        raise MemoryError(f"{what}: {where} has too little memory for it; {remedy}") from error
 
 
 def _place_of(error: OSError, command: str) -> str:

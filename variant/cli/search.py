@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -41,7 +42,7 @@ from variant.paths import path_kind, shown
 from variant.schedule_files import save_schedule
 from variant.search.compare import SAME, Row
 from variant.search.costs import KINDS
-from variant.search.tree import Result
+from variant.search.tree import Found, Result
 from variant.supernet import VARiant
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import schedule_name
@@ -102,18 +103,28 @@ def _search(command: Search, budgets: dict[str, float]) -> None:
             f"the table {best.costs['latency']:.3f}."
         )
     values = record(job, result, rows, best, latency, time.monotonic() - started)
-    save_schedule(
-        job.folder / SCHEDULE,
-        job.schedule_of(best),
-        {"model": command.model, "data": job.data, "budget": budgets, "costs": {**best.costs}},
-    )
-    with atomic_write(job.folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+    _write(job, best, values)
     out.print(f"wrote {job.folder / SCHEDULE}, {job.folder / RECORD}")
     if command.plot is not None:
         _plot(command.plot, job, result, budgets)
         out.print(f"wrote {command.plot}")
     write_json(command.json, values)
+
+
+def _write(job: Job, best: Found, values: dict[str, Any]) -> None:
+    """Write the schedule and the record of the search.
+
+    The record of an earlier search is removed first and the new one appears last: whatever ends the
+    process, a record never lies beside the schedule of another search.
+    """
+    command, path = job.command, job.folder / RECORD
+    about = {"model": command.model, "data": job.data, "budget": job.budgets}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        Path(os.path.realpath(path)).unlink(missing_ok=True)  # of a link what it names
+        save_schedule(
+            job.folder / SCHEDULE, job.schedule_of(best), {**about, "costs": {**best.costs}}
+        )
 
 
 def _check(command: Search) -> dict[str, float]:

@@ -6,6 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
+from variant.cli.messages import memory_for
 from variant.cli.options import Train, TrainVae
 from variant.cli.output import console, table
 from variant.cli.words import option_words
@@ -17,6 +18,11 @@ from variant.training.var_task import train_var
 from variant_kernels.tuning_switch import timing_allowed
 from variant_kernels.wording import counted
 
+LESS_MEMORY = "raise optim.accumulate, or lower optim.batch_size or the sizes of [model]"
+LESS_MEMORY_OF_VAE = (
+    "raise vae.optim.accumulate, or lower vae.optim.batch_size, vae.vocab_size or vae.ch"
+)
+
 
 def train(command: Train) -> None:
     """Train the recipe's transformer and print where the model is."""
@@ -24,7 +30,8 @@ def train(command: Train) -> None:
     if command.start_from is not None:
         recipe = starting_from(recipe, command.start_from)
     out = folder_of(command)
-    with timing_allowed():  # a run has many steps of each shape
+    # A run has many steps of each shape.
+    with memory_for(f"training of {command.recipe}", LESS_MEMORY), timing_allowed():
         summary = train_var(
             recipe, out, resume=command.resume, resume_command=resume_command("train", command)
         )
@@ -36,12 +43,13 @@ def train(command: Train) -> None:
 def train_vae(command: TrainVae) -> None:
     """Train the recipe's VQ-VAE and print the next command."""
     recipe = load_recipe(command.recipe, seed=command.seed, overrides=command.overrides)
-    summary = train_vae_recipe(
-        recipe,
-        folder_of(command),
-        resume=command.resume,
-        resume_command=resume_command("train-vae", command),
-    )
+    with memory_for(f"training of {command.recipe}", LESS_MEMORY_OF_VAE):
+        summary = train_vae_recipe(
+            recipe,
+            folder_of(command),
+            resume=command.resume,
+            resume_command=resume_command("train-vae", command),
+        )
     _report(summary)
     next_command = resume_command("train", command).removesuffix(" --resume")
     console(command="train-vae").print(f"next: {next_command}")

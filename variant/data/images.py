@@ -141,6 +141,15 @@ class ImageData(Protocol):
         ...
 
 
+@contextmanager
+def _key(name: str) -> Iterator[None]:
+    """Within the block, an error of a folder also names the recipe's key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     """Files of a folder with one sub-folder per class: paths, labels, class names, all sorted.
 
@@ -311,8 +320,10 @@ class FolderData:
             raise UserError('data: train and held_out must name folders for kind "folder"')
         self.section, self.image_size, self.channels = section, image_size, channels
         self.seed = seed
-        self.paths, labels, classes = list_images(section.train)
-        self.held_out_paths, held_out_labels, others = list_images(section.held_out)
+        with _key("data.train"):
+            self.paths, labels, classes = list_images(section.train)
+        with _key("data.held_out"):
+            self.held_out_paths, held_out_labels, others = list_images(section.held_out)
         if classes != others:
             differing = sorted(set(classes) ^ set(others))
             raise UserError(

@@ -9,9 +9,9 @@ from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from variant.engine.cuda_graphs import GraphCache
+from variant.engine.cuda_graphs import GraphCache, Recorder
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.page_tables import PageTableCache
 from variant.engine.weights import EngineWeights, Version, WeightsVersion, check_engine_parts
@@ -46,7 +46,7 @@ class CastModels:
         if self.product_dtype != dtype:
             _warn_of_slowness(dtype, has_products(self.device, dtype))
         self._check_parts()
-        self._checked = self._weights_version.structure(self._weights_version(var, vae))
+        self._checked = self._structure(self._version())
 
     def _reset(self) -> None:
         """Empties what is rebuilt on use and not pickled: cast weights, graphs, page tables."""
@@ -69,8 +69,14 @@ class CastModels:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return head_weight("Engine", self.var).device
+        """The device of the weights.
+
+        Raises: ValueError, if it is "meta": nothing can be computed there.
+        """
+        device = head_weight("Engine", self.var).device
+        if device.type == "meta":
+            check_values("Engine", self.var, self.vae)
+        return device
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -98,23 +104,30 @@ class CastModels:
 
     def _check_parts(self) -> None:
         check_pair(self.var, self.vae, "Engine")  # other models may have taken their place
+        check_values("Engine", self.var, self.vae)  # a copy from "meta" to the CPU does nothing
         with explained("Engine", self, ENCODER), torch.autocast(self.device.type, enabled=False):
             check_engine_parts(self.var, self.vae, self.product_dtype, self.packed)
+
+    def _version(self) -> Version:
+        """The version of the models' weights of now."""
+        return self._weights_version(self.var, self.vae, self.product_dtype, self.packed)
+
+    def _structure(self, version: Version) -> Version:
+        return self._weights_version.structure(version)
 
     def _check_changed_parts(self, version: Version) -> None:
         """:meth:`_check_parts`, for VAR-d30 0.35 s on a CPU core, unless only values changed.
 
         Hooks are called at every change of a value: some make a weight of others.
         """
-        structure = self._weights_version.structure(version)
+        structure = self._structure(version)
         if structure != self._checked or version.hooks:
             self._check_parts()
-            self._checked = structure
 
     def _weights(self) -> EngineWeights:
         """The weights in the engine's dtype, cast again if any changed since the last call."""
         instance("Engine", "vae", self.vae, VQVAE)
-        version = self._weights_version(self.var, self.vae)
+        version = self._version()
         with self._lock:
             self._follow_global_hooks(version)
             if self._cast is None or self._cast[0] != version or self._was_freed:
@@ -123,7 +136,12 @@ class CastModels:
                 self._check_changed_parts(version)
                 with explained("Engine", self, ENCODER):
                     weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
-                self._cast, self._cast_from = (version, weights), self._weights_version.memory()
+                # Making them calls parts and hooks: a counter there is no setting that changed.
+                version = version._replace(settings=self._weights_version.settings())
+                self._cast, self._checked = (version, weights), self._structure(version)
+                self._cast_from = self._weights_version.memory()
+            elif self._graphs is not None and self._graphs[1].are_outdated:
+                self._graphs = None
             return self._cast[1]
 
     def _follow_global_hooks(self, version: Version) -> None:
@@ -161,20 +179,22 @@ class CastModels:
 
     def _unchanged(self, weights: EngineWeights) -> bool:
         """Whether the model's weights are still those that ``weights`` were made from."""
-        version = self._weights_version(self.var, self.vae)
+        version = self._version()
         with self._lock:
-            return self._cast == (version, weights) and not self._was_freed
+            outdated = self._graphs is not None and self._graphs[1].are_outdated
+            return self._cast == (version, weights) and not self._was_freed and not outdated
 
     @property
     def _was_freed(self) -> bool:
         """Whether a tensor that the weights were cast from is another one now."""
         return self._cast_from is None or self._cast_from.was_freed
 
-    def _tensors(self) -> list[Tensor]:
-        """All tensors of both models, which keep their memory also if the models drop them."""
+    def _replay(self, recorder: Recorder) -> GraphReplay:
+        # All tensors of both models, which keep their memory also if the models drop them.
         models = (self.var, self.vae)
         tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
-        return [tensor.detach() for tensor in tensors]
+        kept = [tensor.detach() for tensor in tensors]
+        return GraphReplay(recorder, kept, self._weights_version.called)
 
 
 def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant") -> None:
@@ -187,6 +207,21 @@ def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant"
         check_pair_of_configs(a, b)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from None
+
+
+def check_values(op: str, var: VAR, vae: VQVAE) -> None:
+    """Raises: ValueError, naming the first weight on the meta device, which holds no values.
+
+    The encoder's are not needed.
+    """
+    unused = tuple(f"vae.{part}." for part in ENCODER)
+    for part, model in (("var", var), ("vae", vae)):
+        for name, weight in model.named_parameters(part):
+            if weight.is_meta and not name.startswith(unused):
+                raise ValueError(
+                    f'{op}: the weights must be on a device such as "cpu"; {name} is on "meta", '
+                    "which holds no values"
+                )
 
 
 def without_graphs_if_full(method: F) -> F:

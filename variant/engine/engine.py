@@ -109,7 +109,6 @@ class Engine(CastModels):
         capture: bool = True,
     ) -> None:
         check_pair(var, vae, "Engine")
-        check_values("Engine", var, vae)
         check_name("Engine", backend)
         dtype = check_engine_dtype("Engine", dtype, var)
         super().__init__(var, vae, dtype, boolean("Engine", "pack", pack))
@@ -145,7 +144,7 @@ class Engine(CastModels):
                 recorder = new_recorder(self.device)
                 self._graphs = None
                 if recorder is not None:
-                    self._graphs = runner.weights, GraphReplay(recorder, self._tensors())
+                    self._graphs = runner.weights, self._replay(recorder)
             return None if self._graphs is None else self._graphs[1]
 
     def _source(self, kv_dtype: torch.dtype | None) -> Source:
@@ -458,14 +457,3 @@ def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> to
             f"dtype must be one of {', '.join(map(dtype_name, DTYPES))}"
         )
     return asked or weights
-
-
-def check_values(op: str, var: VAR, vae: VQVAE) -> None:
-    """Raises: ValueError, naming the first weight on the meta device, which holds no values."""
-    for part, model in (("var", var), ("vae", vae)):
-        for name, weight in model.named_parameters(part):
-            if weight.is_meta:
-                raise ValueError(
-                    f'{op}: the weights must be on a device such as "cpu"; {name} is on "meta", '
-                    "which holds no values"
-                )

@@ -6,7 +6,7 @@ Axes: B images, L tokens of all scales, E codebook vector width.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from variant.engine.cuda_graphs import GraphCache, Recorder, Tensors
 from variant.engine.generation import Sampling
 from variant.engine.step_loop import BatchState, TokenBatch, generate_tokens
 from variant_kernels import DepthSchedule
+from variant_kernels.integrations.alterations import is_equal
 
 
 class GraphReplay:
@@ -26,11 +27,18 @@ class GraphReplay:
         recorder: records the graphs; a :class:`variant.engine.cuda_graphs.GraphRecorder` on a GPU.
         weights: all tensors that graphs may read. They are kept, so that a graph can be replayed
             before it is known whether the model has others by now.
+        settings: reads what else decides the kernels, and may change between two calls.
     """
 
-    def __init__(self, recorder: Recorder, weights: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        weights: Sequence[Tensor] = (),
+        settings: Callable[[], tuple[Any, ...]] = tuple,
+    ) -> None:
         self.graphs = GraphCache(recorder)
         self._weights = weights
+        self._read_settings, self._settings = settings, settings()
         # Bytes of the K/V cache of each recorded generation: allocated, and in use at most.
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
 
@@ -65,7 +73,7 @@ class GraphReplay:
         # the host would wait for the copy.
         device = image_ids_B.device
         cfg = 0.0 if isinstance(sampling.cfg, tuple) else float(cast("float", sampling.cfg))
-        tokens_BL, f_hat_BEHW = self.graphs.run(
+        tokens_BL, f_hat_BEHW = self._run(
             ("generate_tokens", key),
             body,
             labels_B.to(device, non_blocking=True),
@@ -88,7 +96,19 @@ class GraphReplay:
     def decode(self, decode: Callable[[Tensor], Tensor], f_hat_BEHW: Tensor) -> Tensor:
         """``decode(f_hat_BEHW)`` by a graph, a new tensor."""
         key = ("decode", tuple(f_hat_BEHW.shape))
-        return self.graphs.run(key, lambda f_hat_BEHW: (decode(f_hat_BEHW),), f_hat_BEHW)[0]
+        return self._run(key, lambda f_hat_BEHW: (decode(f_hat_BEHW),), f_hat_BEHW)[0]
+
+    @property
+    def are_outdated(self) -> bool:
+        """Whether a setting changed since the graphs were recorded."""
+        return not is_equal(self._read_settings(), self._settings)
+
+    def _run(self, key: Hashable, body: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
+        recorded = key not in self.graphs
+        outputs = self.graphs.run(key, body, *inputs)
+        if recorded:  # which runs the parts: a counter in one is no setting that changed
+            self._settings = self._read_settings()
+        return outputs
 
 
 def _key(

@@ -21,7 +21,7 @@ from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, Packed
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.parts import check_parts, has_method_of
 from variant.models.var import VAR, Block, HeadNorm, SelfAttention, projection
-from variant.models.vqvae import VQVAE
+from variant.models.vqvae import DECODER, ENCODER, VQVAE
 from variant.models.zones import LINEARS, LayerView
 from variant_kernels.arguments import typed
 from variant_kernels.integrations.alterations import (
@@ -36,7 +36,7 @@ from variant_kernels.tensors import Memory, version_of
 # 1024 x 4096 x 1024, bfloat16: 167 ms in parts of 512 tokens, 181 ms at once).
 MLP_TOKENS = 512
 # Parts of the transformer that the engine calls.
-CALLED = ("class_emb", "lvl_embed", "shared_ada_lin")
+CALLED = frozenset({"class_emb", "lvl_embed", "shared_ada_lin"})
 # Of the config, in place of the parts' attributes of these names.
 SETTINGS = ("norm_eps", "num_heads", "head_dim", "shared_aln")
 
@@ -142,10 +142,8 @@ class EngineWeights:
     @torch.no_grad()
     def decode(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, I, Y, X) float32 in [0, 1]."""
-        own = self._vae.post_quant_conv.weight
-        cast = on_gpu(own) and self.dtype not in (own.dtype, torch.float32)
-        is_plain = has_method_of(self._vae, VQVAE, "decode_features")
-        if not is_plain or (not self.packed and not cast) or self._hooks_change_images():
+        copied = copies_decoder(self._vae, self.dtype, self.packed)
+        if not copied or self._hooks_change_images():
             return self._vae.decode_features(f_hat_BCHW).float()
         if self._decoder is None:  # built at the first use: not every caller decodes
             kind = PackedDecoder if self.packed else CastDecoder
@@ -163,14 +161,17 @@ class EngineWeights:
 
 
 _GET: Any = dict.get
+# Members of modules and, of each, the name of one setting.
+Settings = tuple[Sequence[Mapping[str, Any]], Sequence[str]]
 
 
 class Version(NamedTuple):
     """What an engine made its weights from.
 
     modules, classes, forwards: of both models; forwards are those set on a module itself.
-    members: numbers of the attributes of each module, among which other methods may be.
+    members: numbers of the attributes of each part that is read, among which other methods may be.
     settings: numbers, texts and configs among these attributes: padding modes, softmax scales.
+        Those of a part that the engine calls are its own, and a counter may be among them.
     hooks: ids of all forward hooks and forward pre-hooks of the modules.
     global_hooks: ids of those that torch calls for every module.
     tensors: of every parameter and buffer, and of tensors that a caller put in the place of one,
@@ -199,8 +200,8 @@ class WeightsVersion:
     """Reads a :class:`Version`, which differs after any change but one in place by ``.data``.
 
     Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle.
-    While every module has the same children as at the last walk, and as many attributes, its
-    result is used again.
+    While every module has the same children as at the last walk, and as many attributes, and the
+    same parts are called, its result is used again.
     """
 
     def __init__(self) -> None:
@@ -209,33 +210,52 @@ class WeightsVersion:
         self._holders: Sequence[Mapping[str, Tensor | None]] = []
         self._hooks: Sequence[Mapping[int, Any]] = []
         self._members: Sequence[Mapping[str, Any]] = []
-        self._settings: tuple[Sequence[Mapping[str, Any]], Sequence[str]] = ([], [])
+        self._read: Sequence[Mapping[str, Any]] = []  # those of parts that are read
+        self._settings: Settings = ([], [])
+        # Of parts that are called.
+        self._called: Sequence[Mapping[str, Any]] = []
+        self._called_settings: Settings = ([], [])
+        self._names: tuple[frozenset[str], bool] | None = None
         # Tensors that are neither parameters nor buffers.
         self._plain: Sequence[tuple[Mapping[str, Any], str]] = []
         self._counts: list[int] = []
 
-    def __call__(self, var: VAR, vae: VQVAE) -> Version:
-        """The version of now."""
-        known = self._children, self._counts
-        if known != ([var, vae, *_children(self._modules)], list(map(len, self._members))):
+    def __call__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> Version:
+        """The version of now.
+
+        Args:
+            var, vae, dtype, packed: as of :class:`EngineWeights`.
+        """
+        try:
+            names = called_parts(var, dtype, packed), copies_decoder(vae, dtype, packed)
+        except AttributeError:  # a part was removed; the checks before new weights name it
+            names = frozenset[str](), False
+        counts = list(map(len, self._members))
+        known = self._children, self._counts, self._names
+        if known != ([var, vae, *_children(self._modules)], counts, names):
             self._modules = (*var.modules(), *vae.modules())
             holders = [(module._parameters, module._buffers) for module in self._modules]
             self._holders = list(chain.from_iterable(holders))
             self._members = [vars(module) for module in self._modules]
-            settings = [
+            read, called = _read_and_called(var, vae, *names)
+            read_parts = [vars(module) for module in self._modules if id(module) in read]
+            self._read = [vars(vae), *read_parts]  # it has a method that the engine passes by
+            self._called = [vars(module) for module in self._modules if id(module) in called]
+            configs = [
                 (members, name)
                 for members in self._members
                 for name, value in members.items()
-                if isinstance(value, VARConfig | VQVAEConfig) or is_setting(name, value)
+                if isinstance(value, VARConfig | VQVAEConfig)
             ]
-            self._settings = [members for members, _ in settings], [name for _, name in settings]
+            self._settings = _settings(read_parts, configs)
+            self._called_settings = _settings(self._called)
             self._plain = [
                 (members, name)
                 for members in self._members
                 for name, value in members.items()
                 if isinstance(value, Tensor)
             ]
-            self._counts = list(map(len, self._members))
+            self._counts, self._names = list(map(len, self._members)), names
             hooks = ("_forward_pre_hooks", "_forward_hooks")
             self._hooks = [members[name] for members in self._members for name in hooks]
             # Last: another thread takes the rest as it is where this is of now.
@@ -244,13 +264,24 @@ class WeightsVersion:
             self._modules,
             tuple(map(type, self._modules)),
             tuple([members.get("forward") for members in self._members]),
-            tuple(self._counts),
-            tuple(map(_GET, *self._settings)),
+            tuple(map(len, self._read)),
+            self.settings(),
             tuple(chain.from_iterable(self._hooks)),
             global_hooks(),
             # The identity, as another parameter may be a view of the same memory.
             tuple((id(t), t.data_ptr(), version_of(t)) for t in self._tensors()),
         )
+
+    def settings(self) -> tuple[Any, ...]:
+        """The settings of now of parts that are read, as known at the last version."""
+        return tuple(map(_GET, *self._settings))
+
+    def called(self) -> tuple[Any, ...]:
+        """The settings of now of parts that are called, as known at the last version.
+
+        They decide no weights. A CUDA graph has those with which it was recorded.
+        """
+        return *map(len, self._called), *map(_GET, *self._called_settings)
 
     def memory(self) -> Memory:
         """The memory of the tensors of the last version; where it was freed, they are others."""
@@ -274,6 +305,33 @@ def _children(modules: Sequence[nn.Module]) -> list[nn.Module | None]:
     return [child for module in modules for child in module._modules.values()]
 
 
+def _settings(
+    parts: Sequence[Mapping[str, Any]], more: Sequence[tuple[Mapping[str, Any], str]] = ()
+) -> Settings:
+    """Where the settings of some parts are, given by their members."""
+    own = [(members, n) for members in parts for n, v in members.items() if is_setting(n, v)]
+    found = [*more, *own]
+    return [members for members, _ in found], [name for _, name in found]
+
+
+def _read_and_called(
+    var: VAR, vae: VQVAE, called_names: Collection[str], copied: bool
+) -> tuple[set[int], set[int]]:
+    """Ids of the modules whose settings decide the weights, and of the others that are called.
+
+    Among the first is ``lvl_embed``, whose result is kept. The encoder is neither.
+    """
+    names = set(called_names) - {"lvl_embed"}
+    paths = var.named_modules(remove_duplicate=False)
+    read = {id(part) for path, part in paths if names.isdisjoint(path.split("."))}
+    called, unused = {id(part) for part in (*var.modules(), *vae.modules())}, set[int]()
+    for name, parts in ((DECODER, read), (ENCODER, unused)):
+        for part in (vae._modules.get(n) for n in name):
+            if part is not None and (copied or name is ENCODER):
+                parts |= {id(inner) for inner in part.modules()}
+    return read, called - read - unused
+
+
 def check_engine_parts(var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
     """Check the parts of the transformer whose weights the engine reads without calling them.
 
@@ -289,10 +347,10 @@ def check_engine_parts(var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -
             "Engine: vae.decode must be that of VQVAE, as the engine does not call it; it was "
             "replaced or overridden. Replace decode_features instead, which the engine calls"
         )
-    names = CALLED if casts_modulations(var, dtype, packed) else (*CALLED, "ada_lin")
+    names = called_parts(var, dtype, packed)
 
     def is_called(path: str) -> bool:
-        return not set(names).isdisjoint(path.split("."))
+        return not names.isdisjoint(path.split("."))
 
     check_parts("Engine", {"var": var}, is_called)
     _check_settings(var)
@@ -337,6 +395,18 @@ def casts_modulations(var: VAR, dtype: torch.dtype, packed: bool) -> bool:
     """
     own = var.head.weight
     return (packed or on_gpu(own)) and dtype != own.dtype and not var.config.shared_aln
+
+
+def called_parts(var: VAR, dtype: torch.dtype, packed: bool) -> frozenset[str]:
+    """Names of parts of the transformer that the engine calls, and of which all below is called."""
+    return CALLED if casts_modulations(var, dtype, packed) else CALLED | {"ada_lin"}
+
+
+def copies_decoder(vae: VQVAE, dtype: torch.dtype, packed: bool) -> bool:
+    """Whether the engine runs a packed or cast copy of the decoder, not the model's own."""
+    own = vae.post_quant_conv.weight
+    cast = on_gpu(own) and dtype not in (own.dtype, torch.float32)
+    return (packed or cast) and has_method_of(vae, VQVAE, "decode_features")
 
 
 def _linear(

@@ -149,6 +149,22 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
     raise UserError(f"{shown(path)}: must be a folder, a .tar or an .npz of images")
 
 
+def image_files(folder: Path, *, below: bool = True) -> Iterator[Path]:
+    """The shards and images that :func:`open_images` would find in a folder, whichever counts.
+
+    Args:
+        below: whether to look for images in sub-folders, too.
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    try:
+        yield from sorted(folder.glob("*.tar"))
+        images = sorted(_images_below(folder))
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
+    yield from (path for path in images if below or path.parent == folder)
+
+
 def open_reference(path: str | os.PathLike[str]) -> Reference:
     """A set of images, or ADM's reference ``.npz`` with arr_0, mu, sigma, mu_s, sigma_s.
 

@@ -70,6 +70,7 @@ def greedy_change(
             bridge=bridge,
             cfg=GREEDY_CFG,
             top_k=1,
+            seed=0,  # draws among equally likely tokens, which 16-bit logits often have
             # One batch, because the rounding of products depends on its size; without this the free
             # memory would decide the size.
             max_batch=len(labels_B),

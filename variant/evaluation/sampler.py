@@ -36,7 +36,7 @@ from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
 from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
-from variant.evaluation.image_sets import read_npy
+from variant.evaluation.image_sets import image_files, read_npy
 from variant.files import atomic_write
 from variant.folder_lock import clear_leftovers, locked_folder, saving
 from variant.paths import open_regular, path_kind, read_json, shown
@@ -89,7 +89,7 @@ class SampleFiles:
 
     def label(self, index: int) -> int:
         """The class of an image."""
-        return self.classes[index % len(self.classes)]
+        return label_of(index, self.classes)
 
     def units(self) -> Iterator[tuple[int, range]]:
         """The number and the images of each unit."""
@@ -103,7 +103,7 @@ class SampleFiles:
 
     def image_file(self, index: int) -> Path:
         """The file of an image of the form "png"."""
-        return self.folder / f"{self._key(index)}.png"
+        return self.folder / image_name(index, self.classes)
 
     def is_done(self, number: int, images: range) -> bool:
         """Whether a unit is there."""
@@ -137,8 +137,10 @@ class SampleFiles:
             tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
         ):
             for index, content in zip(images, encoded, strict=True):
-                _add(archive, f"{self._key(index)}.png", content)
-                _add(archive, f"{self._key(index)}.cls", str(self.label(index)).encode())
+                name = image_name(index, self.classes)
+                _add(archive, name, content)
+                label = str(self.label(index)).encode()
+                _add(archive, f"{name.removesuffix('.png')}.cls", label)
 
     def assemble(self, settings: Mapping[str, Any]) -> None:
         """Make the ``.npz`` that the ADM evaluator reads of its parts.
@@ -205,8 +207,23 @@ class SampleFiles:
                 with suppress(OSError):
                     (self.folder / name).unlink()
 
-    def _key(self, index: int) -> str:
-        return f"{index:06d}_class{self.label(index)}"
+    def refuse_foreign(self) -> None:
+        """Raises: UserError, for an image that is none of this run: an evaluation counts all."""
+        if self.form == "npz":  # the parts are not evaluated, and another rank may remove them now
+            return
+        is_png = self.form == "png"
+        own = (
+            {self.image_file(index) for index in range(self.num)}
+            if is_png
+            else {self.unit_file(number) for number, _ in self.units()}
+        )
+        foreign = next((p for p in image_files(self.folder, below=is_png) if p not in own), None)
+        if foreign is not None:
+            name = shown(foreign.relative_to(self.folder))
+            raise UserError(
+                f"{shown(self.folder)}: holds {name}, which is none of this run's images and would "
+                "be evaluated with them; move it elsewhere, or give another --out"
+            )
 
 
 def _header(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -232,6 +249,16 @@ def is_written(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
+
+
+def label_of(index: int, classes: Sequence[Any]) -> Any:
+    """The class of an image of a run: they take turns."""
+    return classes[index % len(classes)]
+
+
+def image_name(index: int, classes: Sequence[Any]) -> str:
+    """The name of an image's file, in a folder or in a shard."""
+    return f"{index:06d}_class{label_of(index, classes)}.png"
 
 
 def record_of_npz(out: Path) -> Path:
@@ -309,19 +336,34 @@ def sample(
     return missing
 
 
-def _start(files: SampleFiles, settings: Mapping[str, Any]) -> None:
-    """Record the settings, or compare them with those that are recorded."""
+def check_run(files: SampleFiles, settings: Mapping[str, Any]) -> bool:
+    """Whether the settings of this run are recorded in its folder.
+
+    Raises:
+        UserError: the folder holds another run, other files and no run, or beside this run an image
+            that is none of its own.
+    """
     path = files.folder / SETTINGS_NAME
     # Listed before the record is looked for: what another rank writes now comes after the record.
-    foreign = [name for name in os.listdir(files.folder) if not name.startswith(".")]
+    names = os.listdir(files.folder) if files.folder.is_dir() else []
+    foreign = [name for name in names if not name.startswith(".")]
     if path_kind(path) is not None:
-        _check_same(path, settings)
-        return
+        _check_same(path, {"format": FORMAT, **settings})
+        files.refuse_foreign()
+        return True
     if foreign:
         raise UserError(
             f"{shown(files.folder)}: holds {foreign[0]} and no {SETTINGS_NAME}: it is no folder of "
             "`variant sample`; give another --out"
         )
+    return False
+
+
+def _start(files: SampleFiles, settings: Mapping[str, Any]) -> None:
+    """Record the settings, or compare them with those that are recorded."""
+    if check_run(files, settings):
+        return
+    path = files.folder / SETTINGS_NAME
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
 

@@ -46,7 +46,7 @@ def check_forward(
         _check_schedule(config, schedule)
     _check_labels(config, "labels_B", labels_B)
     if targets_BL is not None:
-        _check_targets(targets_BL, (labels_B.shape[0], config.layout.total))
+        _check_targets(config, targets_BL, labels_B.shape[0])
     instance(OP, "execution", execution, Execution)
     _check_mix(labels_B, mixed_labels_B, mix_B)
     _check_devices(
@@ -98,12 +98,15 @@ def _check_labels(config: VARConfig, name: str, labels_B: Tensor) -> None:
 
     A graph (torch.export, torch.compile) and a mode of fake tensors have none to check.
     """
-    if has_values(labels_B):
-        low, high = (int(x) for x in torch.aminmax(labels_B))
-        if low < 0 or high > config.num_classes:
-            raise ValueError(
-                f"{OP}: {name} must be in [0, {config.num_classes}]; got {low if low < 0 else high}"
-            )
+    _check_values(name, labels_B, config.num_classes, f"[0, {config.num_classes}]")
+
+
+def _check_values(name: str, given: Tensor, largest: int, expected: str, remedy: str = "") -> None:
+    if has_values(given):
+        low, high = (int(x) for x in torch.aminmax(given))
+        if low < 0 or high > largest:
+            came = low if low < 0 else high
+            raise ValueError(f"{OP}: {name} must be in {expected}; got {came}{remedy}")
 
 
 def _check_devices(device: torch.device, **tensors: Tensor | None) -> None:
@@ -117,13 +120,17 @@ def _check_devices(device: torch.device, **tensors: Tensor | None) -> None:
             )
 
 
-def _check_targets(targets_BL: Tensor, shape: tuple[int, int]) -> None:
+def _check_targets(config: VARConfig, targets_BL: Tensor, batch: int) -> None:
+    shape = batch, config.layout.total
     check_tensor(OP, "targets_BL", targets_BL)
     if targets_BL.dtype != torch.int64 or tuple(targets_BL.shape) != shape:
         raise ValueError(
             f"{OP}: targets_BL must be {shape} int64; got {tuple(targets_BL.shape)} "
             f"{targets_BL.dtype}"
         )
+    remedy = ". To leave tokens out of a mean, average losses_BL of the others"
+    vocab = config.vocab_size
+    _check_values("targets_BL", targets_BL, vocab - 1, f"[0, {vocab})", remedy)
 
 
 def _check_mix(labels_B: Tensor, mixed_labels_B: Tensor | None, mix_B: Tensor | None) -> None:

@@ -28,6 +28,20 @@ class TokenLoss(NamedTuple):
     losses_BL: Tensor
 
 
+def losses_of(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, given log-probabilities (..., V) and targets (...).
+
+    ``F.cross_entropy`` leaves out targets of -100, and a mean over all tokens would count them as
+    certain. No token is left out here: other targets than those of the codebook are errors.
+    """
+    if log_probs.shape[:-1] != targets.shape:  # gather takes less
+        raise ValueError(
+            f"token_loss: logits must be (*{tuple(targets.shape)}, V), as the targets are; got "
+            f"{tuple(log_probs.shape)}"
+        )
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
 class _LinearCrossEntropy(Function):
     """Loss and gradients chunk by chunk in the forward pass, as both need the same logits.
 
@@ -52,7 +66,7 @@ class _LinearCrossEntropy(Function):
             part = slice(start, start + rows)
             part_NC, target_N1 = h_NC[part], targets_N[part].unsqueeze(1)
             logits_NV = product(part_NC, cast_weight_VC, cast_bias_V).to(wide)
-            losses_N[part] = -logits_NV.log_softmax(1).gather(1, target_N1).squeeze(1)
+            losses_N[part] = losses_of(logits_NV.log_softmax(1), targets_N[part])
             if not with_gradient:
                 del logits_NV  # before the next chunk makes its own
                 continue
@@ -120,5 +134,5 @@ def _from_all_logits(
 ) -> TokenLoss:
     logits_BLV = F.linear(h_BLC, weight_VC.to(h_BLC.dtype), bias_V.to(h_BLC.dtype))
     logits_BLV = logits_BLV.to(torch.promote_types(h_BLC.dtype, torch.float32))
-    losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), targets_BL, reduction="none")
+    losses_BL = losses_of(logits_BLV.log_softmax(2), targets_BL)
     return TokenLoss(losses_BL.mean(), losses_BL.detach())

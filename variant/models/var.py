@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from variant.models.autocast import autocast_of
 from variant.models.config import VARConfig
@@ -27,7 +26,7 @@ from variant.models.forward_checks import check_forward
 from variant.models.linear import Linear, LinearWithoutBias
 from variant.models.parts import explains, is_plain, raise_changes
 from variant.models.residual import OpenSum, PrefixStream, closed, modulated
-from variant.models.token_loss import TokenLoss, linear_cross_entropy
+from variant.models.token_loss import TokenLoss, linear_cross_entropy, losses_of
 from variant.models.zones import reset_zone_weights, run_layers, run_spans, uses_zone_weights
 from variant_kernels import (
     DepthSchedule,
@@ -306,14 +305,15 @@ class VAR(nn.Module):
             branch_scales_N2B: of :func:`branch_scales`, the factors of both branches of every
                 layer. None draws them in training mode; in eval mode no branch is dropped. What is
                 drawn here comes from torch's global generator.
-            targets_BL: (B, L) int64, the true tokens. With them the result is their cross-entropy,
-                computed in chunks: the logits of all tokens are never in memory at once.
+            targets_BL: (B, L) int64, the true tokens, none of which is left out as -100 is by
+                ``F.cross_entropy``. With them the result is their cross-entropy, computed in
+                chunks: the logits of all tokens are never in memory at once.
             execution: what is recomputed in the backward pass, and what is compiled.
         Returns:
             (B, L, V) float32; with targets_BL a :class:`TokenLoss`.
         Raises:
-            ValueError: shapes, labels (checked on the CPU only) or the schedule do not fit the
-                model; or layers were removed or added.
+            ValueError: shapes, labels, targets (both checked on the CPU only) or the schedule do
+                not fit the model; or layers were removed or added.
             TypeError, ValueError: another part is not what the config asks for, and the call fails.
         """
         if len(self.blocks) != self.config.depth:  # the others would run
@@ -516,8 +516,7 @@ def token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
     if plain and head.bias is not None:
         return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
     # A layer in its place, or one with hooks, computes the logits in its own way.
-    logits_BVL = head(h_BLC).float().transpose(1, 2)
-    losses_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none")
+    losses_BL = losses_of(head(h_BLC).float().log_softmax(2), targets_BL)
     return TokenLoss(losses_BL.mean(), losses_BL.detach())
 
 

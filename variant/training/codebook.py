@@ -36,7 +36,7 @@ class CodebookTraining:
 
     Args:
         steps: optimiser steps of the complete run.
-        measure: gets what is reported of each step, by key.
+        measure: gets what is reported of each step: key, value and, of a mean, its weight.
         ranks: the processes of the run; None is this one alone.
     """
 
@@ -45,7 +45,7 @@ class CodebookTraining:
         vae: VQVAE,
         recipe: Recipe,
         steps: int,
-        measure: Callable[[str, Tensor], None],
+        measure: Callable[..., None],
         ranks: Ranks | None = None,
     ) -> None:
         self.vae, self.seed, self.steps = vae, recipe.seed, steps
@@ -64,12 +64,16 @@ class CodebookTraining:
         self.use.add(tokens_BN, k)
         self.entropy.add(rest_BCHW, k)
 
-    def loss(self) -> Tensor | float:
-        """What the codebook adds to the loss of the forward pass before it: the entropy term."""
+    def loss(self, num_images: int) -> Tensor | float:
+        """What the codebook adds to the loss of the forward pass before it: the entropy term.
+
+        Args:
+            num_images: of that pass.
+        """
         term = self.entropy.take()
         if term is None:
             return 0.0
-        self.measure("loss/entropy", term)
+        self.measure("loss/entropy", term, num_images)
         return self.training.entropy * term
 
     def end_step(self) -> None:

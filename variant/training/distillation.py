@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from variant.models.token_loss import TokenLoss
+from variant.models.token_loss import TokenLoss, losses_of
 from variant.models.var import VAR
 from variant.training.ema import EMA
 
@@ -67,8 +66,8 @@ def distillation_loss(
     """
     own_BLV = logits_BLV.float().log_softmax(-1)
     given_BLV = teacher_BLV.float().log_softmax(-1)
-    losses_BL = F.nll_loss(own_BLV.flatten(0, 1), targets_BL.flatten(), reduction="none")
+    losses_BL = losses_of(own_BLV, targets_BL)
     divergence_BL = (given_BLV.exp() * (given_BLV - own_BLV)).sum(-1)
     divergence = divergence_BL.mean()
     mean = losses_BL.mean() + weight * divergence
-    return TokenLoss(mean, losses_BL.detach().view_as(targets_BL)), divergence.detach()
+    return TokenLoss(mean, losses_BL.detach()), divergence.detach()

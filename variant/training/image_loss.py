@@ -15,7 +15,8 @@ from variant.training.perceptual import PerceptualLoss
 from variant.training.recipe import VAETraining
 from variant.training.vae_losses import generator_loss, pixel_error, with_gradient
 
-Measure = Callable[[str, Tensor], None]
+# Takes a key, a value and its weight in the mean: a mean over images weighs as many as they are.
+Measure = Callable[[str, Tensor, Tensor | float], None]
 
 
 class ImageLoss:
@@ -24,7 +25,7 @@ class ImageLoss:
     Args:
         perceptual, adversary: None are none.
         last_layer: the weight of the decoder's last convolution.
-        measure: takes the value of each term by its key.
+        measure: takes the value of each term.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class ImageLoss:
             weight = adversary.weigh(reconstructed_BIYX, both, self.last_layer)
         with adversary.precision():
             discriminator = adversary.accumulate(images_BIYX, logits_fake, share)
-        self.measure("loss/generator", generator)
-        self.measure("loss/discriminator", discriminator)
-        self.measure("adversary/weight", weight)
         # An overflow at this scale: the gradient is not finite, which skips the step.
-        counted = weight.where(weight.isfinite(), 0) if adversary.is_scaled else weight
+        is_finite = weight.isfinite()
+        counted = weight.where(is_finite, 0) if adversary.is_scaled else weight
+        count = len(images_BIYX)
+        self.measure("loss/generator", generator, count)
+        self.measure("loss/discriminator", discriminator, count)
+        self.measure("adversary/weight", counted, count * is_finite)
         value = (reconstruction + counted * generator).detach()
         return with_gradient(reconstructed_BIYX, value, wanted + weight * disputed)
 
@@ -92,10 +95,10 @@ class ImageLoss:
     def _reconstruction(self, reconstructed_BIYX: Tensor, images_BIYX: Tensor) -> Tensor:
         training = self.training
         pixels = pixel_error(training.pixel_loss, reconstructed_BIYX, images_BIYX)
-        self.measure("loss/reconstruction", pixels)
+        self.measure("loss/reconstruction", pixels, len(images_BIYX))
         loss = training.reconstruction * pixels
         if self.perceptual is None:
             return loss
         distance = self.perceptual(reconstructed_BIYX, images_BIYX)
-        self.measure("loss/perceptual", distance)
+        self.measure("loss/perceptual", distance, len(images_BIYX))
         return loss + training.perceptual.weight * distance

@@ -193,7 +193,7 @@ class Task(ABC):
         """
         return {}
 
-    def measure(self, key: str, value: Tensor, weight: float = 1.0) -> None:
+    def measure(self, key: str, value: Tensor, weight: Tensor | float = 1.0) -> None:
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
         if self.meters is not None:
             self.meters.add(key, value, weight)

@@ -94,11 +94,11 @@ class VAETask(Task):
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         images = self.fetch(indices, epoch).to(self.device).images
         reconstructed, quantisation, _ = self.network(images, self.codebook.num_scales(step))
-        self.measure("loss/quantization", quantisation)
+        self.measure("loss/quantization", quantisation, weight=len(images))
         share = len(images) / self.batch_size
         scale = None if self.scaler is None else self.scaler.scale(images.new_ones(()))
         loss = self.image_loss(reconstructed.float(), images, step, share, scale)
-        return loss + quantisation + self.codebook.loss()
+        return loss + quantisation + self.codebook.loss(len(images))
 
     @property
     def batch_size(self) -> int:
@@ -121,7 +121,8 @@ class VAETask(Task):
         if self.discriminator is None or not self.discriminator.starts_by(step):
             return None
         norm = self.discriminator.step(rate)
-        self.measure("gradient_norm/discriminator", norm)
+        # Every rank has it and adds it: a step weighs the same with any number of processes.
+        self.measure("gradient_norm/discriminator", norm, weight=1 / self.ranks.size)
         return norm
 
     def is_adversarial(self, step: int) -> bool:

@@ -104,6 +104,26 @@ def global_hooks() -> tuple[int, ...]:
     return (*torch_module._global_forward_pre_hooks, *torch_module._global_forward_hooks)
 
 
+class _Paused:
+    """A global hook that does nothing in some threads.
+
+    threads: of each such thread, the modules for which it runs all the same, by ``id``.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+        self.threads: dict[int, set[int]] = {}
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kept = self.threads.get(threading.get_ident())
+        if kept is None or id(module) in kept:
+            return self.hook(module, *args, **kwargs)
+        return None
+
+
+_PAUSING = threading.Lock()
+
+
 @contextmanager
 def without_global_hooks(but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Within the block, global forward hooks do nothing in this thread.
@@ -113,26 +133,26 @@ def without_global_hooks(but: Collection[nn.Module] = ()) -> Iterator[None]:
     """
     thread, kept = threading.get_ident(), {id(module) for module in but}
     tables = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
-
-    def in_other_threads(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or id(module) in kept:
-                return hook(module, *args, **kwargs)
-            return None
-
-        return run
-
-    replaced = []
+    paused: list[tuple[dict[int, Any], int, _Paused, set[int] | None]] = []
     try:
-        for table in tables:
-            for key, hook in list(table.items()):
-                replaced.append((table, key, hook, in_other_threads(hook)))
-                table[key] = replaced[-1][-1]
+        with _PAUSING:
+            for table in tables:
+                for key, hook in list(table.items()):
+                    # Another thread may have paused it.
+                    hook = hook if isinstance(hook, _Paused) else _Paused(hook)
+                    table[key] = hook
+                    paused.append((table, key, hook, hook.threads.get(thread)))
+                    hook.threads[thread] = kept
         yield
     finally:
-        for table, key, hook, replacement in replaced:
-            if table.get(key) is replacement:  # not removed meanwhile
-                table[key] = hook
+        with _PAUSING:
+            for table, key, hook, outer in paused:
+                if outer is None:
+                    del hook.threads[thread]
+                else:
+                    hook.threads[thread] = outer
+                if not hook.threads and table.get(key) is hook:  # not removed meanwhile
+                    table[key] = hook.hook
 
 
 def is_altered(module: nn.Module) -> bool:

@@ -9,12 +9,11 @@ tools changed before a patch, classes.py what they put on top of it.
 from __future__ import annotations
 
 import copy
-import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import FunctionType
 from typing import Any, ClassVar, Self, cast
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from variant_kernels.arguments import boolean
 from variant_kernels.integrations import alterations
+from variant_kernels.integrations.claims import one_thread
 from variant_kernels.integrations.classes import (
     added_names,
     class_without_patch,
@@ -35,40 +35,6 @@ from variant_kernels.plans.depth_schedule import DepthSchedule
 # The one entry that a patch adds to an object's __dict__.
 STATE = "_variant_patch"
 _ABSENT = object()
-# One thread at a time patches, unpatches or compares: short runs use the caches of the layers, and
-# what they restore afterwards would undo the class swaps of another thread. Models may share
-# layers, so there is one lock for all.
-_CHANGES = threading.RLock()
-# Seconds. Short runs call hooks, which may wait for a thread that waits here: nobody waits forever.
-PATIENCE = 60.0
-
-
-def _new_lock() -> None:
-    global _CHANGES
-    _CHANGES = threading.RLock()  # another thread, which a forked process lacks, may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
-
-
-@contextmanager
-def one_thread(op: str, error: type[Exception] = PatchError) -> Iterator[None]:
-    """Wait until no other thread patches, unpatches or compares a model, and keep others waiting.
-
-    Raises:
-        PatchError, or the other ``error``: that takes longer than a minute.
-    """
-    lock = _CHANGES  # a fork within the block makes another one
-    if not lock.acquire(timeout=PATIENCE):
-        raise error(
-            f"{op}: another thread has been patching, unpatching or comparing a model for "
-            f"{PATIENCE:g} s; let it end first (a hook of its model may be waiting for this thread)"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)
@@ -274,7 +240,7 @@ class Handle:
                 message names it. Or the model is generating: the rest would run without the K and V
                 of the scales so far. Nothing has been changed.
         """
-        with one_thread("unpatch"):
+        with one_thread("unpatch", [*self.model.modules(), *self._objects]):
             if not self._objects:
                 return
             if not self._runtime.close(self.model):
@@ -378,7 +344,7 @@ def apply_patch(
         raise TypeError(f"patch: model must be a torch.nn.Module; got {type(model).__name__}")
     keep_copies = boolean("patch", "keep_copies", keep_copies)
     try:
-        with one_thread("patch"):
+        with one_thread("patch", model.modules()):
             family = _family_of(families, model)
             with _naming_the_failure(family, "its structure cannot be read"):
                 family.verify(model)
@@ -511,15 +477,20 @@ def _naming_the_failure(family: ModelFamily, what: str) -> Iterator[None]:
 
 @contextmanager
 def kept_members(model: nn.Module) -> Iterator[None]:
-    """Restores what is set on the model's modules meanwhile."""
+    """Restores what is set on the model's modules meanwhile.
+
+    Other threads may walk through the modules, so what torch's constructor sets first stays there.
+    """
     kept = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
         for members, old in kept:
-            if list(members) != list(old) or any(members[n] is not v for n, v in old.items()):
-                members.clear()
-                members.update(old)
+            pairs = zip(members, old, strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            for name in list(members)[same:]:
+                del members[name]
+            members.update(old)
 
 
 # Relative to the largest element: 20 times the effect of rounding, 1/100 of that of an edit.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 # In the namespace of each class that a patch makes: the class that it was made from.
@@ -23,6 +22,8 @@ _OWN_NAMES = (
     *("__dict__", "__weakref__", "__static_attributes__", "__firstlineno__", "__slotnames__"),
     *("__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
 )
+# By mixin and original.
+_CLASSES: dict[tuple[type, type], type] = {}
 
 
 def patched_class(mixin: type, original: type) -> type:
@@ -32,8 +33,14 @@ def patched_class(mixin: type, original: type) -> type:
     return _cached_class(mixin, original)
 
 
-@cache
 def _cached_class(mixin: type, original: type) -> type:
+    made = _CLASSES.get((mixin, original))
+    if made is None:  # of two threads that make it, both take that of the first
+        made = _CLASSES.setdefault((mixin, original), _made_class(mixin, original))
+    return made
+
+
+def _made_class(mixin: type, original: type) -> type:
     if original.__module__.startswith(_SHARDED):
         return _over_torch(mixin, original)
     names = ("__module__", "__qualname__", "__doc__")
