@@ -144,10 +144,11 @@ UNRECORDED = unrecorded_functions()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    listed = function_of(item.nodeid) in UNRECORDED and not item.config.pluginmanager.has_plugin(
-        "tests.recording"
-    )
+    plugins = item.config.pluginmanager
+    listed = function_of(item.nodeid) in UNRECORDED and not plugins.has_plugin("tests.recording")
     left_out = listed or item.path.name in NOT_RECORDED
+    # Mutation tests take from the record which tests reach a line.
+    left_out = left_out and not plugins.has_plugin("tests.mutation")
     with not_recorded() if left_out else contextlib.nullcontext():
         return (yield)
 

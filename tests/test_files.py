@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import random
 import secrets
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from variant import files
 from variant.errors import UserError
@@ -117,6 +119,115 @@ def test_who_may_read_a_file_stays_the_same(tmp_path):
             assert stat.S_IMODE(path.stat().st_mode) == mode
     finally:
         os.umask(before)
+
+
+def test_a_new_file_is_for_all_that_the_umask_allows(tmp_path):
+    before = os.umask(0)
+    try:
+        with atomic_write(tmp_path / "new" / "folder" / "a"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new" / "folder" / "a").stat().st_mode) == 0o666
+
+
+@pytest.mark.parametrize("write", [atomic_write, save_safetensors])
+def test_a_durable_file_is_on_the_disk_before_its_name_and_the_name_too(
+    tmp_path, monkeypatch, write
+):
+    path, synced = tmp_path / "a", []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append((path, path.exists())))
+
+    def written(**options):
+        synced.clear()
+        if write is save_safetensors:
+            save_safetensors(path, {"a": torch.ones(1)}, **options)
+        else:
+            with atomic_write(path, **options) as temporary:
+                temporary.write_text("text")
+        return synced
+
+    assert written() == []
+    (temporary, was_there), after = written(durable=True)
+    assert (temporary.parent, was_there) == (tmp_path, True)
+    assert temporary.name.startswith(".a.")
+    assert after == (tmp_path, True)
+
+
+@pytest.mark.parametrize(
+    ("is_folder", "error", "raised"),
+    [(True, errno.EINVAL, False), (True, errno.ENOTSUP, False), (True, errno.EIO, True),
+     (False, errno.EINVAL, True), (False, errno.EIO, True)],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_synced_is_left(tmp_path, monkeypatch, is_folder, error, raised):
+    path = tmp_path if is_folder else tmp_path / "a"
+    (tmp_path / "a").touch()
+    files.sync(path)
+
+    def fsync(descriptor):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if raised:
+        with pytest.raises(OSError, match=os.strerror(error)):
+            files.sync(path)
+    else:
+        files.sync(path)
+    with pytest.raises(FileNotFoundError):
+        files.sync(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("error", "system", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), None, "No space left"),
+        (OSError("without a number"), None, "without a number"),
+        (SafetensorError("first\nsecond"), None, "first"),
+        (SafetensorError("first\nsecond"), "No space left", "No space left"),
+        (
+            RuntimeError("inline_container.cc: unexpected pos\nsecond"),
+            None,
+            "inline_container.cc: u",
+        ),
+        (RuntimeError("inline_container.cc"), "No space left", "No space left"),
+    ],
+)
+def test_why_a_file_could_not_be_written(tmp_path, monkeypatch, error, system, reason):
+    monkeypatch.setattr(files, "_reason_of_system", lambda temporary: system)
+    caught = pytest.raises(UserError, match=f"a: cannot be written: {reason}")
+    with caught as told, atomic_write(tmp_path / "a"):
+        raise error
+    assert "\n" not in str(told.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_the_block_stay_as_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^another$"), atomic_write(tmp_path / "a"):
+        raise RuntimeError("another")
+
+
+def test_the_system_tells_why_a_file_cannot_be_longer(tmp_path):
+    assert files._reason_of_system("/dev/full") == os.strerror(errno.ENOSPC)
+    assert files._reason_of_system(tmp_path / "a") is None
+    assert (tmp_path / "a").stat().st_size == 2 * files.PROBE_BYTES
+
+
+def test_a_temporary_name_has_twelve_digits(monkeypatch):
+    for number, digits in ((5, "000000000005"), (-1, "999999999999")):
+        monkeypatch.setattr(secrets, "randbelow", lambda end, n=number: n % end)
+        assert temporary_name(files.Path("folder/a.b")) == files.Path(f"folder/.a.b.{digits}.tmp")
+
+
+def test_metadata_are_sorted_texts_in_any_script(tmp_path):
+    path, texts = tmp_path / "a.safetensors", {"z": "é", "日本": "ok", "a": '"'}
+    save_safetensors(path, {"x": torch.ones(2)}, metadata=texts)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    assert content[8:9] == b"{"
+    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    assert list(metadata) == sorted(["format", "sum64", *texts])
+    assert {key: metadata[key] for key in texts} == texts
+    assert torch.equal(read_safetensors(path)["x"], torch.ones(2))
 
 
 def test_the_umask_stays_while_files_are_written(tmp_path, monkeypatch):

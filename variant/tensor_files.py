@@ -174,7 +174,7 @@ class Region:
     expected: int = 0
 
 
-def _sum64(chunk: memoryview, before: int = 0) -> int:
+def _sum64(chunk: memoryview, before: int) -> int:
     """The next value of a sum over chunks of CHUNK_BYTES.
 
     Each chunk adds its little-endian 64-bit words, after the sum so far was multiplied by an odd

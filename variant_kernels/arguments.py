@@ -32,19 +32,19 @@ def integer(
         TypeError: the value is no integer (3.0, True and "3" are none).
         ValueError: it is out of range.
     """
-    if type(value) is int and (low is None or value >= low) and (high is None or value <= high):
-        return value  # the common case, without the text of the range
-    expected = " ".join(filter(None, ("an integer", _range(low, high), note)))
-    if _is_bool(value) or not isinstance(value, SupportsIndex):
-        raise _wrong_type(op, name, expected, value)
-    try:
-        number = index(value)
-    # Of several values, of fractions, without values (on meta), or a class's own error.
-    except Exception:
-        raise _wrong_type(op, name, expected, value) from None
-    if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"{op}: {name} must be {expected}; got {shown(number)}")
-    return number
+    if type(value) is int:
+        number = value
+    else:
+        try:
+            number = _index(value)
+        # Of several values, of fractions, without values (on meta), or a class's own error.
+        except Exception:
+            expected = _expected("an integer", low, high, note)
+            raise _wrong_type(op, name, expected, value) from None
+    if (low is None or number >= low) and (high is None or number <= high):
+        return number
+    expected = _expected("an integer", low, high, note)
+    raise ValueError(f"{op}: {name} must be {expected}; got {shown(number)}")
 
 
 def real(
@@ -59,19 +59,22 @@ def real(
 
     Args and Raises: as :func:`integer`; NaN and infinities are out of every range.
     """
-    expected = " ".join(filter(None, ("a finite number", _range(low, high), note)))
-    if not isinstance(value, SupportsFloat) or not _is_real(value):
-        raise _wrong_type(op, name, expected, value)
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}") from None
-    except Exception:  # of several values, without values (on meta), or a class's own error
-        raise _wrong_type(op, name, expected, value) from None
+    if type(value) is float:
+        number = value
+    else:
+        try:
+            number = _float(value)
+        except OverflowError:
+            expected = _expected("a finite number", low, high, note)
+            raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}") from None
+        except Exception:  # of several values, without values (on meta), or a class's own error
+            expected = _expected("a finite number", low, high, note)
+            raise _wrong_type(op, name, expected, value) from None
     inside = (low is None or number >= low) and (high is None or number <= high)
-    if not math.isfinite(number) or not inside:
-        raise ValueError(f"{op}: {name} must be {expected}; got {number!r}")
-    return number
+    if -math.inf < number < math.inf and inside:
+        return number
+    expected = _expected("a finite number", low, high, note)
+    raise ValueError(f"{op}: {name} must be {expected}; got {number!r}")
 
 
 def boolean(op: str, name: str, value: object) -> bool:
@@ -82,7 +85,7 @@ def boolean(op: str, name: str, value: object) -> bool:
     """
     if isinstance(value, bool):
         return value
-    if not _is_bool(value) or getattr(value, "ndim", 1):
+    if not _is_bool(value) or getattr(value, "ndim", None) != 0:
         raise _wrong_type(op, name, "True or False", value)
     return bool(value)
 
@@ -147,6 +150,10 @@ def instance(op: str, name: str, value: object, kind: type[T], remedy: str = "")
     return value
 
 
+def _expected(kind: str, low: float | None, high: float | None, note: str) -> str:
+    return " ".join(filter(None, (kind, _range(low, high), note)))
+
+
 def _range(low: float | None, high: float | None) -> str:
     if low is None:
         return "" if high is None else f"<= {_text(high)}"
@@ -155,13 +162,25 @@ def _range(low: float | None, high: float | None) -> str:
 
 def _text(bound: float) -> str:
     if isinstance(bound, int):
-        power = bound.bit_length()
-        if bound > 2**30 and bound & (bound + 1) == 0:
-            return f"2^{power} - 1"
+        bits = bound.bit_length()
+        if bits >= 31 and bound & (bound + 1) == 0:
+            return f"2^{bits} - 1"
         return str(bound)
     text = f"{bound:g}"
     # Six digits may be another number than the bound, and beyond it.
     return text if float(text) == bound else f"{bound:.15g}"
+
+
+def _index(value: object) -> int:
+    if _is_bool(value):
+        raise TypeError
+    return index(cast("SupportsIndex", value))
+
+
+def _float(value: object) -> float:
+    if not _is_real(value):
+        raise TypeError
+    return float(cast("SupportsFloat", value))
 
 
 def _is_bool(value: object) -> bool:

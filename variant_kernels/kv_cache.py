@@ -260,15 +260,15 @@ class PagedKVCache:
     def _first(self, scale: int) -> int:
         return self.schedule.layers[scale][0]
 
-    def _next(self) -> tuple[int, int]:
-        """The (layer, scale) that must be opened next."""
+    def _next(self) -> tuple[int | None, int]:
+        """The (layer, scale) that must be opened next; no layer after the last scale."""
         for layer in self.schedule.layers[self._scale]:
             if layer > self._layer:
                 return layer, self._scale
         following = self._scale + 1
         if following < self.schedule.num_scales:
             return self._first(following), following
-        return -1, following
+        return None, following
 
     def _kv_step(self, scale: int, pages: tuple[int, ...]) -> KVStep:
         layout, device = self.plan.layout, self.k_pages.device

@@ -25,7 +25,7 @@ def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
             op see its arguments, not the copies that are made of them.
     """
     *strides, last = x.stride()
-    if last != 1 and x.shape[-1] > 1 and x.numel() > 0:  # contiguous() copies no empty tensor
+    if last != 1 and x.shape[-1] > 1 and x.numel():  # contiguous() copies no empty tensor
         raise ValueError(
             f"address_and_strides: x must have a contiguous last dimension; got shape "
             f"{tuple(x.shape)} and strides {x.stride()}. Call .contiguous()"
@@ -61,8 +61,6 @@ def overlaps_itself(x: torch.Tensor) -> bool:
 
 def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether an element of a and an element of b share an address; False for interleaved views."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
     try:
         # numpy takes any number of steps; its stub knows two of them.
         return np.shares_memory(_Addresses.of(a), _Addresses.of(b), max_work=_MAX_STEPS)
@@ -90,8 +88,11 @@ class _Addresses:
 
 # --- changes ------------------------------------------------------------------------------------
 
-# Words of 64 bits per sum. A prime: rows of no usual weight begin with one.
+# Of so many words of 64 bits, sums are checked in place of the words.
+_LARGE = 2**16
+# Words per sum. A prime: rows of no usual weight begin with one.
 _CHUNK = 509
+_ODD = 0x2545F4914F6CDD1D
 
 
 class Memory:
@@ -144,14 +145,14 @@ def _checksum(x: torch.Tensor) -> int:
     whole = len(bytes_N) // 8 * 8
     words_N = bytes_N[:whole].view(torch.int64)
     parts = [words_N]
-    if len(words_N) >= 2**16:
+    if len(words_N) >= _LARGE:
         # Few temporary values; the sums across the chunks tell the order within them.
         summed = len(words_N) // _CHUNK * _CHUNK
         chunks = words_N[:summed].view(-1, _CHUNK)
         parts = [chunks.sum(1), chunks.sum(0), words_N[summed:]]
     values_N = torch.cat((*parts, bytes_N[whole:].long()))
     # Low bits of round numbers are zero: bring the high ones down.
-    values_N = (values_N ^ (values_N >> 32)) * 0x2545F4914F6CDD1D
+    values_N = (values_N ^ (values_N >> 32)) * _ODD
     values_N = values_N ^ (values_N >> 32)
     # Odd factors modulo 2^64: every change of one value changes the sum.
     factors_N = torch.arange(1, 2 * len(values_N), 2, device=x.device)

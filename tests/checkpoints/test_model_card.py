@@ -12,7 +12,7 @@ from small_models import small_model
 
 from tests.forked_program import run_forked
 from variant import VARiant
-from variant.checkpoints.model_card import MARK, _how_to_run
+from variant.checkpoints.model_card import MARK, _how_to_run, model_card, was_generated
 from variant.engine.planning import plan_row
 
 
@@ -35,6 +35,45 @@ def test_a_card_names_depths_layers_cache_and_how_to_run(tmp_path):
     data = ModelCard.load(tmp_path / "small" / "README.md").data
     assert data.library_name == "variant"
     assert "pytorch_model_hub_mixin" in data.tags
+
+
+def test_a_card_states_sizes_and_what_training_reached():
+    model = small_model(zone_weights="lora", lora_rank=2, class_names=tuple("abcde"))
+    # Wide, so that the sizes have digits.
+    var = dataclasses.replace(model.var.config, embed_dim=2048, num_heads=32, vocab_size=24)
+    reached = {"by depth": {"full": 3.88424, "2": 4}, "loss": 2.25, "settings": {"x": 1}}
+    card = model_card(var, model.vae.config, "owner/name", "bfloat16", reached)
+    assert "- 4 layers, width 2048, 32 heads; 5 classes; weights in bfloat16\n" in card
+    assert "- 6x6 pixels; 3 scales with sides 1, 2, 3; 14 tokens; codebook 24 x 8\n" in card
+    assert "\nClasses: a, b, c, d, e.\n" in card
+    assert "each smaller depth uses low-rank additions (LoRA, rank 2), which the full n" in card
+    for depth, layers in ((4, "all"), (3, "0, 2, 3"), (2, "0, 3")):
+        row = plan_row(var, depth, 1, 1, "bfloat16")
+        size = f"{row.ours / 2**20:,.2f} MiB | {row.share:.1%}"
+        assert f"\n| {depth} | {layers} | {size} |\n" in card
+    assert "generate([1], depth=2, cfg" in card
+    assert "--labels 1 --depth 2 --out" in card
+    assert card.endswith("## Training\n\n- by depth: full 3.8842, 2 4\n- loss: 2.2500\n")
+    kind = {"zone_weights": "shared", "lora_rank": 0}
+    plain = dataclasses.replace(var, subnets={}, bridge=None, class_names=(), **kind)
+    for nothing in (None, {}, 3):
+        card = model_card(plain, model.vae.config, "owner/name", "bfloat16", nothing)
+        assert "Training" not in card
+        assert "Classes" not in card
+    shared = dataclasses.replace(var, shared_aln=True, **kind)
+    card = model_card(shared, model.vae.config, "owner/name", "bfloat16")
+    assert "32 heads, one class projection shared by all layers; 5 classes" in card
+    assert "The same weights serve every depth." in card
+
+
+def test_a_file_of_somebody_else_is_left_alone(tmp_path):
+    path = tmp_path / "README.md"
+    assert was_generated(path)
+    path.write_text("mine")
+    assert not was_generated(path)
+    path.write_bytes(b"\xff" + MARK.encode())
+    assert was_generated(path)
+    assert not was_generated(tmp_path)
 
 
 def test_the_code_and_the_command_of_a_card_run(tmp_path):

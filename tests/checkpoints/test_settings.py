@@ -287,3 +287,89 @@ def test_every_setting_is_an_argument_of_the_three_surfaces():
     options = {field.name for field in dataclasses.fields(Convert)}
     assert set(CHECKS) <= set(arguments)
     assert set(CHECKS) <= options
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [
+        ("num_heads", {1: 1, np.int64(2): 2}, {0: ">= 1"}),
+        ("patch_nums", {(1,): (1,), (1, 2, 4): (1, 2, 4)}, {(0, 1): ">= 1", (2, 1): "ascending"}),
+        ("norm_eps", {1: 1.0, 1e-30: 1e-30}, {0: "positive; got 0.0", 1.01: r"in \[0, 1\]"}),
+        ("cond_drop_rate", {0: 0.0, 1: 1.0}, {-0.01: r"in \[0, 1\]", 1.01: r"in \[0, 1\]"}),
+        ("drop_path_rate", {0: 0.0, 0.99: 0.99}, {1: "below 1; got 1.0", -0.01: r"in \[0, 1\]"}),
+        (
+            "quant_resi",
+            {1: 1.0, -1: 1.0, 1e-6: 0.0, 1.01e-6: 1.01e-6, 0: 0.0},
+            {1.01: r"in \[-1, 1\]", -1.01: r"in \[-1, 1\]"},
+        ),
+        ("beta", {0: 0.0, 7: 7.0}, {-0.01: ">= 0"}),
+    ],
+)
+def test_the_first_and_the_last_value_of_each_setting(name, taken, refused):
+    for value, expected in taken.items():
+        result = CHECKS[name]("op", value)
+        assert (result, type(result)) == (expected, type(expected))
+    for value, message in refused.items():
+        with pytest.raises(ValueError, match=rf"^op: {name}.* must be .*{message}"):
+            CHECKS[name]("op", value)
+
+
+def test_numbers_agree_if_they_are_equal_in_float32():
+    told = [("one", {"norm_eps": 1e-5, "num_heads": 2}), ("two", {"norm_eps": 1e-5 * (1 + 9e-7)})]
+    settings = Settings("file", {}, told)
+    assert settings.value("norm_eps", 1e-6) == 1e-5  # the first place counts
+    assert settings.value("num_heads", None, 2) == 2
+    with pytest.raises(UserError, match="file: the weights have num_heads 3, but one has 2"):
+        settings.value("num_heads", None, 3)
+    with pytest.raises(UserError, match=r"file: one has norm_eps 1e-05, but two has 1\.00002e-05"):
+        Settings("file", {}, [told[0], ("two", {"norm_eps": 1.00002e-5})])
+    with pytest.raises(UserError, match=r"one has norm_eps 1e-05, but three has 0\.5"):
+        Settings("file", {}, [*told, ("three", {"norm_eps": 0.5})])
+
+
+def test_what_is_assumed_is_named_once_with_how_to_give_it():
+    first, second, told = (Settings(where, op="convert") for where in ("var", "vae", "told"))
+    assert first.value("num_heads", 2, note="one per 64 channels") == 2
+    assert first.value("patch_nums", None) is None  # nothing is assumed
+    assert second.value("using_znorm", False) is False
+    assert told.value("beta", 0.25, 0.5) == 0.5
+    with pytest.warns(UserWarning, match="assumed") as caught:
+        first.warn(second, told)
+    assert str(caught[0].message) == (
+        "var, vae: assumed num_heads=2 (one per 64 channels), using_znorm=False, because nothing "
+        "tells them; give --num-heads, --using-znorm if they are wrong"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told.warn()
+    plain = Settings("var")
+    plain.value("beta", 0.25)
+    with pytest.warns(UserWarning, match="give the arguments of these names") as caught:
+        plain.warn(stacklevel=1)
+    assert caught[0].filename == __file__
+
+
+def test_settings_that_are_given_are_checked_and_compared():
+    settings = Settings("file", {"beta": None, "norm_eps": 1}, [("args", {"norm_eps": 1.0})])
+    assert settings.value("norm_eps", 1e-6) == 1.0
+    assert settings.value("beta", 0.25) == 0.25
+    for op, place in (("convert", "--norm-eps"), ("from_var_checkpoint", "the argument")):
+        with pytest.raises(UserError, match=f"file: args has norm_eps 1.0, but {place} has 0.5"):
+            Settings("file", {"norm_eps": 0.5}, [("args", {"norm_eps": 1.0})], op=op)
+
+
+def test_the_settings_beside_the_weights_of_a_trainer():
+    small, large = torch.ones(1024), torch.ones(1025)
+    content = {
+        "args": {"norm_eps": None, "beta": 0.5, "colour": 1, "patch_nums": small},
+        "trainer": {"config": {"patch_nums": large, "depth": 3}},
+    }
+    (args, told), (config, kept) = settings_of_training(content)
+    assert (args, config) == ("the checkpoint's args", "the checkpoint's trainer/config")
+    assert told.keys() == {"beta", "patch_nums"}
+    assert list(told["patch_nums"]) == [1.0] * 1024
+    assert kept == {"patch_nums": large}  # no setting has so many numbers: it stays unread
+    assert settings_of_training({"args": {"colour": 1}, "trainer": 3}) == []
+    text = repr({"beta": 0.5})
+    for length, found in ((2**16 - 1, 1), (2**16, 0)):
+        assert len(settings_of_training({"args": text.ljust(length)})) == found

@@ -617,3 +617,10 @@ def test_the_recordings_used_last_are_kept():
     run(2)
     assert (len(graphs), repeater.recorded) == (2, 4)
     assert repeater.serialized_calls == 6  # every call waits for the work of the one before
+
+
+def test_a_gpu_alone_records_graphs(monkeypatch):
+    monkeypatch.setattr(engine_module, "GraphRecorder", lambda device: ("recorder", device))
+    gpu = torch.device("cuda", 1)
+    assert engine_module.new_recorder(gpu) == ("recorder", gpu)
+    assert engine_module.new_recorder(torch.device("cpu")) is None

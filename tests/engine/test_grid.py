@@ -31,6 +31,10 @@ def test_images_lie_side_by_side_and_small_ones_are_enlarged(side, cell):
     assert np.array_equal(np.asarray(shown), sheet_of((2, 3), cell, GAP))
 
 
+def test_one_image_is_a_picture_with_a_border():
+    assert np.array_equal(np.asarray(grid([squares(64, 1)])), sheet_of((1,), 64, GAP))
+
+
 def test_captions_stand_left_of_their_row_at_half_its_height():
     rows = [squares(32, 1), squares(32, 2)]
     shown = np.asarray(grid(rows, ["H", "HHH"]))

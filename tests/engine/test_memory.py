@@ -18,6 +18,7 @@ from variant.engine.memory import (
     free_bytes,
     image_bytes,
 )
+from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.kv_quantization import KV8_DTYPE
@@ -189,6 +190,17 @@ def test_bytes_of_the_decoder_count_once_where_it_is_packed():
         assert (total == pages + expected) if expected else (total < pages + 6 * 4 * 256 * 36)
 
 
+def test_weights_that_do_not_fit_are_refused_before_they_are_built(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**30)
+    memory.check_fits("a recipe", "its weights", 3 * 2**30, cpu)
+    text = "a recipe: its weights need 5,120 MiB, but 3,072 MiB are free on cpu; use a smaller"
+    with pytest.raises(UserError, match=f"^{text}"):
+        memory.check_fits("a recipe", "its weights", 5 * 2**30, cpu)
+    with pytest.raises(UserError, match="need 3,072 MiB, but 3,072 MiB are free"):
+        memory.check_fits("a recipe", "its weights", 3 * 2**30 + 1, cpu)
+
+
 def test_free_bytes_are_a_share_of_the_smaller_limit(monkeypatch):
     monkeypatch.setattr(memory, "_available", lambda: 1000)
     monkeypatch.setattr(memory, "_group_limit", lambda: 2000.0)
@@ -213,7 +225,7 @@ def segment(device, pool, total, allocated):
 
 def test_memory_that_torch_caches_for_graphs_is_not_free(monkeypatch):
     snapshot = [
-        segment(0, (0, 0), 150, 50),
+        segment(0, (0, 0), 150, 20),
         segment(0, (0, 1), 100, 40),
         segment(0, (1, 0), 50, 10),
         segment(1, (0, 1), 1000, 0),

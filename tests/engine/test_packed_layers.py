@@ -18,7 +18,7 @@ from variant.engine.packed_layers import (
     PackedConv2d,
     PackedDecoder,
 )
-from variant.models.vqvae import Upsample
+from variant.models.vqvae import ResidualBlock, Upsample
 from variant_kernels.packed_linear import can_pack
 
 CPU = torch.device("cpu")
@@ -183,3 +183,154 @@ def test_a_decoder_whose_norms_keep_channels_last_is_the_same(monkeypatch, dtype
 
 def test_the_decoder_of_a_cpu_keeps_torchs_norms():
     assert not packed_layers.keeps_channels_last(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "of_kernel_3"),
+    [
+        ({}, True, True),
+        ({"bias": False}, True, True),
+        ({"stride": 2}, True, False),
+        ({"stride": (1, 2)}, True, False),
+        ({"dilation": 2}, True, False),
+        ({"padding": 0}, True, False),
+        ({"padding": (1, 0)}, True, False),
+        ({"kernel_size": 1}, True, False),
+        ({"kernel_size": (3, 5)}, True, False),
+        ({"groups": 2}, True, False),
+        ({"padding": "same"}, False, False),
+        ({"padding_mode": "reflect"}, False, False),
+    ],
+)
+def test_convolutions_that_are_taken_for_those_of_the_model(options, own, of_kernel_3):
+    conv = nn.Conv2d(4, 4, **{"kernel_size": 3, "padding": 1} | options)
+    assert packed_layers._is_own_conv(conv) is own
+    assert packed_layers._is_own_conv(conv, kernel=3) is of_kernel_3
+    for other in (None, nn.Linear(2, 2)):
+        assert not packed_layers._is_own_conv(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, packed_layers.PackedPointwise),
+        ({"bias": False}, packed_layers.PackedPointwise),
+        ({"stride": 2}, packed_layers.PackedConv2d),
+        ({"padding": 1}, packed_layers.PackedConv2d),
+        ({"groups": 2}, packed_layers.PackedConv2d),
+        ({"kernel_size": 3, "dilation": 2, "bias": False}, packed_layers.PackedConv2d),
+        ({"kernel_size": 3, "padding": 1}, packed_layers.PackedConv2d),
+        ({"padding_mode": "reflect", "padding": 1}, nn.Conv2d),
+    ],
+)
+def test_a_packed_convolution_is_the_convolution(options, kind):
+    packs(torch.float32)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, **{"kernel_size": 1} | options)
+    x = torch.randn(2, 4, 6, 5).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = conv(x)
+        packed = packed_layers._pack(conv, packed_layers.CastBuffer(torch.float32))
+        assert type(packed) is kind
+        torch.testing.assert_close(packed(x), expected)
+
+
+@pytest.mark.parametrize("part", ["norm1", "norm2", "conv1", "conv2", "nin_shortcut"])
+def test_a_block_with_another_part_keeps_its_own_forward(part):
+    class Own(nn.Module):
+        def forward(self, x):
+            return x
+
+    block = ResidualBlock(32, 64)
+    assert packed_layers._is_own_block(block)
+    assert packed_layers._is_own_block(ResidualBlock(32, 32))  # its shortcut is the identity
+    for other in (Own(), None):
+        block._modules[part] = other
+        assert not packed_layers._is_own_block(block)
+    assert not packed_layers._is_own_block(nn.Identity())
+
+
+def test_one_buffer_holds_the_cast_of_the_last_weight():
+    cast = packed_layers.CastBuffer(torch.float16)
+    same = torch.ones(3, dtype=torch.float16)
+    assert cast(same).data_ptr() == same.data_ptr()
+    first = cast(torch.arange(6.0).view(2, 3))
+    assert (first.dtype, first.tolist()) == (torch.float16, [[0, 1, 2], [3, 4, 5]])
+    second = cast(torch.full((2, 2), 7.0))
+    assert second.data_ptr() == first.data_ptr()
+    assert first.tolist() == [[7, 7, 7], [7, 4, 5]]
+    assert cast(torch.zeros(6)).data_ptr() == first.data_ptr()
+    assert cast(torch.zeros(7)).data_ptr() != first.data_ptr()
+
+
+def test_a_linear_layer_shares_a_weight_of_its_dtype():
+    weight, bias = torch.randn(8, 4), torch.randn(8)
+    plain = packed_layers.Linear(weight, bias, torch.float32, packed=False)
+    cast = packed_layers.Linear(weight, bias, torch.bfloat16, packed=False)
+    assert plain.shares(weight)
+    assert not plain.shares(weight.clone())
+    assert not cast.shares(weight)
+    assert (plain.num_bytes, cast.num_bytes) == (8 * 4 * 4, 8 * 4 * 2)
+    packed = packed_layers.Linear(weight, bias, torch.float32, packed=packs(torch.float32))
+    assert not packed.shares(weight)
+    assert packed(torch.ones(2, 3, 4)).shape == plain(torch.ones(2, 3, 4)).shape == (2, 3, 8)
+
+
+def test_a_plain_linear_layer_has_the_tanh_form_of_gelu():
+    weight, bias, x = torch.randn(8, 4), torch.randn(8), torch.randn(2, 3, 4)
+    expected = F.linear(x, weight, bias)
+    plain = packed_layers.Linear(weight, bias, torch.float32, packed=False)
+    torch.testing.assert_close(plain(x), expected)
+    gelu = packed_layers.Linear(weight, bias, torch.float32, packed=False, gelu=True)
+    torch.testing.assert_close(gelu(x), F.gelu(expected, approximate="tanh"))
+    # torch's fused form, which a GPU takes; on a CPU it may be the exact one.
+    gelu._epilogue = True
+    assert gelu(x).shape == (2, 3, 8)
+    torch.testing.assert_close(gelu(x), F.gelu(expected), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["tanh", "none"])
+def test_the_form_of_a_fused_gelu_is_found_by_trying(monkeypatch, form):
+    def fused(bias, x, weight, *, use_gelu):
+        assert use_gelu
+        return F.gelu(torch.addmm(bias, x, weight), approximate=form)
+
+    monkeypatch.setattr(torch.ops.aten, "_addmm_activation", fused)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert packed_layers.computes_tanh(CPU, dtype) is (form == "tanh")
+
+
+def test_a_merged_upsample_may_have_no_bias():
+    conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+    x = torch.randn(1, 3, 4, 5)
+    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    with torch.no_grad():
+        torch.testing.assert_close(MergedUpsample(conv, torch.float32)(x), expected)
+
+
+def test_convolutions_of_a_cast_decoder_have_channels_last():
+    layers = CastDecoder(small_model().vae, torch.bfloat16).layers
+    weights = [weight for weight in layers.parameters() if weight.ndim == 4]
+    assert weights
+    for weight in weights:
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_upsample_is_merged_with_a_convolution_of_its_own_alone():
+    packs(torch.float32)
+    upsample, buffer = Upsample(4), CastBuffer(torch.float32)
+    assert type(packed_layers._pack(copy.deepcopy(upsample), buffer)) is MergedUpsample
+    upsample.conv = nn.Conv2d(4, 4, 1)
+    assert type(packed_layers._pack(upsample, buffer)) is Upsample
+
+
+def test_the_fused_form_is_tried_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(packed_layers, "computes_tanh", lambda device, dtype: True)
+    fused = packed_layers.fused_gelu.__wrapped__
+    assert fused(torch.device("cuda"), torch.float16) is True
+    assert fused(CPU, torch.float16) is False
+
+
+def test_what_a_gpu_alone_has_is_not_used_on_a_cpu():
+    assert packed_layers.fused_gelu(torch.device("cpu"), torch.float32) is False
+    assert not packed_layers.keeps_channels_last(torch.device("cpu"), torch.float32)

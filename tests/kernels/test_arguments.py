@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from variant_kernels.arguments import boolean, choice, instance, integer, integers, real, sequence
+from variant_kernels.arguments import (
+    boolean,
+    choice,
+    instance,
+    integer,
+    integers,
+    real,
+    sequence,
+    shown,
+    typed,
+)
 
 FIVES = (5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor(5, dtype=torch.int16))
 NO_INTEGERS = (
@@ -54,6 +64,21 @@ def test_numbers_out_of_range(value):
         real("op", "x", value, 0, 1)
 
 
+def test_both_ends_of_a_range_are_within_it():
+    assert [integer("op", "n", n, 2, 4) for n in (2, np.int64(2), 4, np.int64(4))] == [2, 2, 4, 4]
+    assert [real("op", "x", x, 0.5, 1.5) for x in (0.5, 1.5)] == [0.5, 1.5]
+    for value in (1, 5, np.int64(1), np.int64(5)):
+        with pytest.raises(ValueError, match=rf"^op: n must be .* in \[2, 4\]; got {value}$"):
+            integer("op", "n", value, 2, 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("inf")], ids=repr)
+def test_what_is_not_finite_is_out_of_every_range(value):
+    for bounds in ((), (0,), (None, 0)):
+        with pytest.raises(ValueError, match=r"^op: x must be a finite number.*; got -?(inf|nan)$"):
+            real("op", "x", value, *bounds)
+
+
 def test_refusals_name_the_range_the_value_and_its_type():
     with pytest.raises(ValueError, match=r"^op: n must be an integer >= 1; got 0$"):
         integer("op", "n", 0, 1)
@@ -74,6 +99,8 @@ def test_choices_and_instances():
     with pytest.raises(TypeError, match=r"^op: mode must be one of 'a', 'b'; got None"):
         choice("op", "mode", None, ("a", "b"))
     assert instance("op", "t", 3, int) == 3
+    with pytest.raises(TypeError, match=r"^op: t must be of type int; got 'x' \(str\)$"):
+        instance("op", "t", "x", int)
     with pytest.raises(
         TypeError, match=r"^op: t must be of type int; got 'x' \(str\)\. Convert it$"
     ):
@@ -157,10 +184,10 @@ def test_no_refused_number_lies_within_the_range_that_is_named(bound, text):
 
 
 def test_long_values_are_cut_in_refusals():
-    for length, shown in ((58, repr("x" * 58)), (59, "'" + "x" * 56 + "...")):
+    for length, text in ((58, repr("x" * 58)), (59, "'" + "x" * 56 + "...")):
         with pytest.raises(TypeError) as caught:
             integer("op", "n", "x" * length)
-        assert str(caught.value).endswith(f"; got {shown} (str)")
+        assert str(caught.value).endswith(f"; got {text} (str)")
     array = np.zeros((2, 3))
     with pytest.raises(TypeError, match=r"got ndarray of shape \(2, 3\) float64$"):
         integer("op", "n", array)
@@ -221,3 +248,20 @@ def test_integers_of_many_digits_are_shown_by_their_bits():
         integer("op", "n", 2**199, 0, 1)
     with pytest.raises(ValueError, match=rf"got {2**199 - 1}"[:40]):
         integer("op", "n", 2**199 - 1, 0, 1)
+
+
+def test_values_are_shown_by_their_shape_only_if_they_have_one():
+    class Shaped:
+        def __init__(self, shape):
+            self.shape = shape
+
+        def __repr__(self):
+            return "text"
+
+    assert shown(Shaped((2, 3))) == "Shaped of shape (2, 3)"
+    for none in ((), [2, 3], None, 4):
+        assert shown(Shaped(none)) == "text"
+    assert shown(np.zeros((2, 3), "f4")) == "ndarray of shape (2, 3) float32"
+    assert shown(torch.tensor(5)) == "tensor(5)"
+    assert typed(3) == "3 (int)"
+    assert typed(np.zeros(2)) == "ndarray of shape (2,) float64"

@@ -37,7 +37,9 @@ def test_the_last_dimension_is_contiguous_where_it_has_more_than_one_element():
     x = torch.zeros(4, 4)
     for taken in (x, x[::2], x[:, ::4], torch.zeros(()), x[:1].T):
         contract.check_last_contiguous("op", "x", taken)
-    for refused in (x.T, x[:, ::2], x[:2].T):
+    y = torch.zeros(2, 3, 4)
+    contract.check_last_contiguous("op", "x", y.transpose(0, 1))
+    for refused in (x.T, x[:, ::2], x[:2].T, y.transpose(1, 2), y.transpose(0, 1)[..., ::2]):
         with pytest.raises(ValueError, match=rf"got stride {refused.stride(-1)}\. Call"):
             contract.check_last_contiguous("op", "x", refused)
 
@@ -70,7 +72,7 @@ def test_softmax_scales_are_floats(value):
 def test_no_softmax_scale_stays_none_and_the_default_is_of_the_width():
     assert contract.softmax_scale("op", None) is None
     assert contract.default_softmax_scale(torch.zeros(3, 64)) == 1 / 8
-    assert contract.default_softmax_scale(torch.zeros(64, 16)) == 1 / 4
+    assert contract.default_softmax_scale(torch.zeros(1, 64, 2, 16)) == 1 / 4
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 2.0**20 + 1, -(2.0**21), 2**20 + 1])

@@ -17,7 +17,7 @@ from variant_kernels import (
     qk_norm_append_paged_kv,
     sample_tokens,
 )
-from variant_kernels.ops import tables
+from variant_kernels.ops import derivatives, tables
 
 LAYOUT = ScaleLayout.from_patch_nums((1, 2))
 X, Y = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -336,3 +336,11 @@ def test_a_graph_with_an_inference_only_op_is_whole():
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
     with pytest.raises(Exception, match="paged_attention: has no gradient"):
         compiled(*[x.clone().requires_grad_() for x in inputs])
+
+
+def test_a_tangent_behind_a_number_is_refused():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        with pytest.raises(NotImplementedError, match=r"^an_op: has no forward-mode derivative"):
+            derivatives._refuse_tangents("an_op", (3, None, torch.ones(1), dual))
+        derivatives._refuse_tangents("an_op", (3, None, torch.ones(1)))

@@ -27,7 +27,11 @@ from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend, requested_name
 from variant_kernels.dispatch.support import BACKENDS
 from variant_kernels.ops import adaln, registry, tables
+from variant_kernels.ops import append_paged_kv as append
 from variant_kernels.ops import block_causal_attention as block_causal
+from variant_kernels.ops import paged_attention as paged_op
+from variant_kernels.ops import qk_norm as qk_norm_op
+from variant_kernels.ops import qk_norm_append_paged_kv as fused
 
 ROOT = Path(__file__).parent.parent.parent
 X, ROW = torch.randn(2, 3, 16), torch.zeros(2, 16)
@@ -184,6 +188,108 @@ def test_triton_and_flex_say_why_not(
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
     answer = getattr(support, f"{reason_of}_unsupported")(Request(device, (dtype,), 64))
     assert answer is None if reason is None else reason in answer
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "emulated", "hip", "capability", "reason"),
+    [
+        ("cpu", True, True, None, (8, 0), None),
+        ("cuda", True, True, None, (8, 0), "takes CPU tensors; these are on cuda"),
+        ("cuda", False, False, None, (8, 0), "it is not built; build with VARIANT_CUDA=1"),
+        ("cpu", True, False, None, (8, 0), "the tensors are on cpu, not on an NVIDIA GPU"),
+        ("cuda", True, False, "6.4", (9, 4), "the tensors are on cuda, not on an NVIDIA GPU"),
+        ("cuda", True, False, None, (7, 5), "the GPU has compute capability 7.5; it needs 8.0"),
+        ("cuda", True, False, None, (8, 0), None),
+    ],
+)
+def test_cuda_says_why_not(monkeypatch, device, built, emulated, hip, capability, reason):
+    monkeypatch.setattr(support.cuda_library, "is_built", lambda: built)
+    monkeypatch.setattr(support.cuda_library, "is_emulated", lambda: emulated)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(support, "_least_capability", lambda: capability)
+    answer = support.cuda_unsupported(Request(device, (torch.float16,), 64))
+    assert answer is None if reason is None else reason in answer
+    # The two backends of GPUs take rows of the same length and the same dtypes.
+    if reason is None:
+        longest = Request(device, (torch.float16,), row_width=65536)
+        assert support.cuda_unsupported(longest) is None
+        longer = support.cuda_unsupported(Request(device, (torch.float16,), row_width=65537))
+        assert longer == "rows of 65,537 entries are longer than the 65,536 that it takes"
+        double = support.cuda_unsupported(Request(device, (torch.float64,)))
+        assert "dtype float64 is not among its dtypes (float32, bfloat16, float16)" in double
+
+
+@pytest.mark.parametrize(
+    ("gpu", "hip", "built", "emulated", "names"),
+    [
+        (False, None, True, False, {"triton": False, "flex": False, "cuda": False}),
+        (False, None, False, True, {"triton": False, "flex": False, "cuda": True}),
+        (True, None, True, False, {"triton": True, "flex": True, "cuda": True}),
+        (True, None, False, False, {"triton": True, "flex": True, "cuda": False}),
+        (True, "6.4", True, False, {"triton": True, "flex": True, "cuda": False}),
+    ],
+)
+def test_backends_that_this_machine_can_run(monkeypatch, gpu, hip, built, emulated, names):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(support.cuda_library, "is_built", lambda: built)
+    monkeypatch.setattr(support.cuda_library, "is_emulated", lambda: emulated)
+    monkeypatch.setattr(support, "_has_triton", lambda: True)
+    nvidia = gpu and hip is None
+    # Other libraries run on NVIDIA's GPUs alone, wherever they are installed.
+    monkeypatch.setattr(support, "find_flash", lambda device: "installed")
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: "installed")
+    names = names | {"cpu": True, "reference": True, "flash": nvidia, "flashinfer": nvidia}
+    # The most general first.
+    expected = tuple(name for name in reversed(BACKENDS) if names[name])
+    assert support.available_backends() == expected
+    monkeypatch.setattr(support, "find_flash", lambda device: None)
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    left = support.available_backends()
+    assert left == tuple(name for name in expected if not name.startswith("flash"))
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_kernels_for_tests_are_never_taken_automatically(monkeypatch, interpreted, emulated):
+    monkeypatch.setattr(select, "triton_interprets", lambda: interpreted)
+    monkeypatch.setattr(select.cuda_library, "is_emulated", lambda: emulated)
+    taken = {name for name in BACKENDS if select.for_tests(name)}
+    assert taken == {name for name, is_so in (("triton", interpreted), ("cuda", emulated)) if is_so}
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+def test_every_op_asks_for_the_properties_of_its_tensors(kv_dtype):
+    half, wide = torch.float16, torch.float32
+    x_BTC, x_BTHD = torch.zeros(2, 3, 5, dtype=half), torch.zeros(2, 3, 4, 16, dtype=half)
+    pages, scale = torch.zeros(7, 8, 4, 16, dtype=kv_dtype or half), torch.zeros(1, 4, 1, 1)
+    qkv = torch.zeros(2, 3, 3, 4, 16, dtype=half)
+    paged = {"kv_dtype": kv_dtype}
+    requests = {
+        paged_op.paged_attention_op: ((x_BTHD, pages), ((half,), 16, None, 8), paged),
+        append.append_paged_kv_op: ((x_BTHD, x_BTHD, pages), ((half,), 16), paged),
+        fused.qk_norm_append_paged_kv_op: ((qkv, scale, pages), ((half, wide), 16), paged),
+        block_causal.block_causal_attention_op: ((x_BTHD,), ((half,), 16), {}),
+        qk_norm_op.qk_norm_op: ((x_BTHD, x_BTHD, scale), ((half, wide), 16), {}),
+        adaln.adaln_op: ((x_BTC.to(wide), x_BTC), ((wide, half), None, 5), {}),
+        adaln.gated_op: ((x_BTC.to(wide), x_BTC), ((wide, half), None, 5), {}),
+    }
+    for op, (tensors, properties, named) in requests.items():
+        assert op._request(*tensors) == Request("cpu", *properties, **named), op.title
+    without = fused.qk_norm_append_paged_kv_op._request(qkv, None, pages)
+    assert without == Request("cpu", (half,), 16, kv_dtype=kv_dtype)
+
+
+@pytest.mark.parametrize("found", [None, "triton"])
+def test_triton_is_there_where_it_can_be_imported(monkeypatch, found):
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: found)
+    assert support._has_triton.__wrapped__() is (found is not None)
+
+
+def test_the_gradient_of_an_op_without_one_is_refused():
+    with pytest.raises(RuntimeError, match="inference-only: it has no backward pass"):
+        Backend(support.always, max).backward  # noqa: B018
+    assert Backend(support.always, max, min).backward is min
 
 
 def test_the_least_of_all_visible_gpus_counts(monkeypatch):

@@ -16,7 +16,9 @@ from variant_kernels import (
     append_paged_kv,
     paged_attention,
 )
+from variant_kernels.kv_cache import GrowingPages
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
+from variant_kernels.plans.cache_plan import PageAllocator
 
 HEADS, HEAD_DIM = 2, 16
 
@@ -212,9 +214,48 @@ def test_switches_that_do_not_fit_are_refused():
 def test_too_little_memory_is_said_in_one_line():
     plan = CachePlan(ScaleLayout.from_patch_nums((64,)), DepthSchedule.full(30, 1))
     # One layer at a time: no later scale reads the K and V of this one.
-    mib = round(100_000_000 * 4096 * (30 * 64) * 4 * 2 / 1024**2, 1)
-    with pytest.raises(MemoryError, match=f"the plan needs {mib} MiB for 100,000,000 sequences"):
-        PagedKVCache(plan, 100_000_000, 30, 64, torch.float32)
+    mib = 5906250177.2  # 100,000,003 * 4096 * (30 * 63) * 4 * 2 / 1024**2 = 5906250177.1875
+    with pytest.raises(MemoryError, match=f"the plan needs {mib} MiB for 100,000,003 sequences"):
+        PagedKVCache(plan, 100_000_003, 30, 63, torch.float32)
+
+
+def test_the_smallest_cache():
+    """One value of K and of V; nothing is in use before the first call and after a reset."""
+    cache = PagedKVCache(
+        CachePlan(ScaleLayout(((1, 1),)), DepthSchedule(1, 1, 1, 0), 1), 1, 1, 1, torch.float32
+    )
+    assert (cache.allocated_bytes, cache.used_bytes, cache.peak_bytes) == (8, 0, 0)
+    assert cache.scales == {}
+    assert cache._slabs[1].shape == (2, 0)  # no scale is stored beside pages of 32 bits
+    cache.open(0, 0)
+    assert (cache.used_bytes, cache.peak_bytes) == (8, 8)
+    cache.close(0, 0)
+    assert (cache.used_bytes, cache.peak_bytes) == (0, 8)
+    cache.reset()
+    assert cache.peak_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("placement", "tables", "consecutive"),
+    [
+        ({0: (1, 2)}, [1, 2], True),
+        ({0: (2, 1)}, [2, 1], False),
+        ({0: (0, 2)}, [0, 2], False),
+    ],
+)
+def test_a_step_says_whether_its_pages_follow_one_another(placement, tables, consecutive):
+    cache = make(DepthSchedule.full(2, 2), (1, 2), page_size=3)
+    peak = cache.plan.peak_pages
+    cache._allocator = PageAllocator(3, placement)
+    for layer in (0, 1):
+        cache.open(layer, 0)
+        cache.close(layer, 0)
+    step = cache.open(0, 1)
+    assert step.page_table_BM.tolist() == [tables, [page + peak for page in tables]]
+    assert step.kv_lens_B.tolist() == [5, 5]
+    assert step.consecutive is consecutive
+    first, second = tables
+    assert step.slots_BT[0].tolist() == [3 * first + 1, 3 * first + 2, 3 * second, 3 * second + 1]
 
 
 @pytest.mark.parametrize("name", ["batch", "num_heads", "head_dim"])
@@ -232,6 +273,11 @@ def test_numbers_beyond_all_memory_are_refused_in_one_line(name):
     [
         ({"page_tables": 5}, TypeError, "page_tables must be of type dict; got 5"),
         ({"page_tables": []}, TypeError, r"page_tables must be of type dict; got \[\]"),
+        (
+            {"device": 3.5},
+            TypeError,
+            r"device must be one that this machine has; got 3.5 \(float\)",
+        ),
         ({"device": "privateuseone"}, ValueError, "device must be one that this machine has"),
     ],
 )
@@ -239,6 +285,40 @@ def test_page_tables_and_devices_that_are_none_are_refused(options, error, messa
     plan = CachePlan(ScaleLayout.from_patch_nums((1, 2)), DepthSchedule.full(2, 2))
     with pytest.raises(error, match=f"^PagedKVCache: {message}"):
         PagedKVCache(plan, 1, 1, 16, torch.float32, **options)
+
+
+def test_growing_pages_keep_their_numbers_and_contents():
+    """Page p of sequence b is page 2 p + b; the pool is as large as needed, or doubles."""
+    store = GrowingPages(torch.zeros(2, 1, 3, 5, 8, dtype=torch.float64), page_size=4)
+    assert (store.tokens, store.stored, store.k_pages.shape) == (0, 0, (0, 4, 5, 8))
+    step = store.open(5)
+    assert store.k_pages.shape == store.v_pages.shape == (4, 4, 5, 8)
+    assert store.k_pages.dtype == torch.float64
+    assert step.slots_BT.tolist() == [[0, 1, 2, 3, 8], [4, 5, 6, 7, 12]]
+    assert step.page_table_BM.tolist() == [[0, 2], [1, 3]]
+    assert step.kv_lens_B.tolist() == [5, 5]
+    assert step.page_table_BM.dtype == step.kv_lens_B.dtype == torch.int32
+    assert not step.consecutive
+    assert (store.tokens, store.stored) == (5, 0)
+    assert torch.equal(store.open(5).slots_BT, step.slots_BT)  # the call before was not closed
+    store.close()
+    store.k_pages.copy_(torch.arange(4.0).view(4, 1, 1, 1).expand_as(store.k_pages))
+    store.v_pages.copy_(-store.k_pages)
+    for tokens, pages in ((3, 4), (1, 8), (7, 8), (1, 16), (70, 44)):
+        step = store.open(tokens)
+        store.close()
+        assert store.k_pages.shape[0] == pages
+        assert step.slots_BT.shape == (2, tokens)
+        assert store.k_pages[:4, 3, 4, 7].tolist() == [0, 1, 2, 3]
+        assert store.v_pages[:4, 0, 0, 0].tolist() == [0, -1, -2, -3]
+    assert step.slots_BT[:, -1].tolist() == [42 * 4 + 2, 43 * 4 + 2]  # of token 86
+    assert step.page_table_BM.tolist() == [list(range(0, 44, 2)), list(range(1, 44, 2))]
+
+
+def test_growing_pages_of_one_sequence_follow_one_another():
+    step = GrowingPages(torch.zeros(1, 1, 3, 2, 16)).open(17)
+    assert step.consecutive is True
+    assert step.page_table_BM.tolist() == [[0, 1]]
 
 
 def test_caches_of_different_plans_may_share_page_tables():

@@ -328,3 +328,95 @@ def test_wrong_arguments_are_named(arguments, message):
         sample_tokens(torch.zeros(4, 3, 10), **arguments)
     with pytest.raises(ValueError, match="even number of rows"):
         sample_tokens(torch.zeros(3, 3, 10), guidance=1.0)
+
+
+def test_uniform_numbers_are_the_first_words_of_philox():
+    seed, ids, position = 5 + 2**40, torch.tensor([3, 3 + 2**33, 2**32 - 1]), 2**32 - 2
+    drawn = op.uniform(seed, ids, position, 2)
+    assert drawn.shape == (3, 2)
+    for image, number in enumerate(ids.tolist()):
+        for token in range(2):
+            counter = (position + token, 0, number % 2**32, number // 2**32)
+            key = (seed % 2**32, seed // 2**32)
+            w0, w1, _, _ = op.philox_4x32(tuple(map(torch.tensor, counter)), key)
+            bits = (int(w0) >> 5) * 2**26 + (int(w1) >> 6)
+            assert drawn[image, token].item() == bits / 2**53
+
+
+@pytest.mark.parametrize(
+    ("draw", "logits", "token"),
+    [
+        (0.0, [-torch.inf, 0.0, 0.0], 1),  # what is left out has no mass at the lower end,
+        (1.0, [0.0, 0.0, -torch.inf], 1),  # nor at the upper, where a product is rounded up
+        (0.0, [0.0, 0.0, 0.0], 0),
+        (0.5, [0.0, 0.0, -torch.inf], 1),
+        (0.49, [0.0, 0.0, -torch.inf], 0),
+    ],
+)
+def test_the_ends_of_the_distribution_are_entries_that_are_kept(monkeypatch, draw, logits, token):
+    monkeypatch.setattr(
+        op, "uniform", lambda seed, ids, position, tokens: torch.full((len(ids), tokens), draw)
+    )
+    logits_2BTV = torch.tensor(logits).expand(2, 2, 3)
+    drawn = sample_tokens(logits_2BTV, guidance=0.0, seed=0, backend="reference")
+    assert drawn.tolist() == [[token, token]]
+
+
+def test_guidance_and_filters_by_hand():
+    logits = torch.tensor([[[1.0, 2.0, 3.0]], [[0.0, 1.0, 5.0]]])
+    assert op.guide(logits, 0.0).tolist() == [[[1, 2, 3]]]
+    assert op.guide(logits, 2.0).tolist() == [[[3, 4, -1]]]
+    row, none = torch.log(torch.tensor([[[0.4, 0.1, 0.2, 0.3]]])), -torch.inf
+    kept = [
+        (op.filter_logits(row, k, p)[0, 0] > none).tolist()
+        for k, p in ((0, 0), (1, 0), (2, 0), (4, 0), (9, 0), (0, 0.05), (0, 0.65), (0, 1))
+    ]
+    every, first = [True] * 4, [True, False, False, False]
+    two = [True, False, False, True]
+    assert kept == [every, first, two, every, every, first, two, every]
+    # The second filter looks at what the first leaves: 4/9, 3/9 and 2/9.
+    assert (op.filter_logits(row, 3, 0.7)[0, 0] > none).tolist() == two
+    assert (op.filter_logits(row, 0, 0.75)[0, 0] > none).tolist() == [True, False, True, True]
+    # What reaches 1 - top_p exactly is dropped.
+    assert (op.filter_logits(torch.zeros(1, 1, 2), 0, 0.5)[0, 0] > none).tolist() == [False, True]
+
+
+def test_a_request_has_the_entries_of_a_row():
+    request = op._request(torch.zeros(2, 3, 7, dtype=torch.float16))
+    assert (request.row_width, request.dtypes) == (7, (torch.float16,))
+
+
+def test_no_token_is_a_result_and_no_entry_is_none():
+    assert sample_tokens(torch.zeros(2, 0, 4), guidance=0.0, seed=0).shape == (1, 0)
+    assert sample_tokens(torch.zeros(2, 3, 1), guidance=0.0, seed=0).tolist() == [[0, 0, 0]]
+    for shape in ((2, 3, 0), (3, 3, 4)):
+        with pytest.raises(ValueError, match=r"an even number of rows .* and V >= 1; got \("):
+            sample_tokens(torch.zeros(shape), guidance=0.0, seed=0)
+    fake = op._fake(torch.zeros(4, 3, 7, device="meta"))
+    assert (fake.shape, fake.dtype) == ((2, 3), torch.int64)
+
+
+def test_what_is_not_given_is_a_seed_of_63_bits_and_the_number_of_the_image():
+    def launched(**given):
+        return op._launch(
+            lambda **arguments: arguments, {"logits_2BTV": torch.zeros(6, 1, 2)} | given
+        )
+
+    seeds = [launched(seed=None, image_ids=None)["seed"] for _ in range(20)]
+    assert len(set(seeds)) == 20
+    assert 2**60 < max(seeds) < 2**63
+    assert launched(seed=3, image_ids=None)["image_ids_B"].tolist() == [0, 1, 2]
+    ids = torch.tensor([5, 6, 7])
+    assert launched(seed=3, image_ids=ids)["image_ids_B"] is ids
+
+
+def test_a_generator_draws_from_the_exponential_distribution_of_rate_1():
+    logits, generator = torch.randn(4, 3, 5), torch.Generator().manual_seed(1)
+    drawn = op.draw_exponential(logits, generator)
+    expected = torch.empty(6, 5).exponential_(generator=generator.manual_seed(1))
+    assert torch.equal(drawn, expected)
+    tokens = sample_tokens(
+        logits, guidance=0.0, generator=generator.manual_seed(1), backend="reference"
+    )
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens.flatten(), (logits[:2].softmax(-1).view(6, 5) / drawn).argmax(-1))

@@ -16,6 +16,10 @@ def test_only_a_strided_last_dimension_is_copied():
         assert copy.stride(-1) == 1
         assert copy.data_ptr() != strided.data_ptr()
         assert torch.equal(copy, strided)
+    # The last dimension, not the second: rows may have any stride, and one column too.
+    y = torch.zeros(2, 3, 4)
+    for same in (y.transpose(0, 1), y.transpose(1, 2)[..., :1]):
+        assert tensors.last_contiguous(same) is same
 
 
 def test_addresses_and_strides_leave_the_last_dimension_out():
@@ -39,6 +43,7 @@ def test_empty_tensors_are_contiguous_in_the_dtype_asked_for():
         ((2, 1), (1, 0), False),
         ((2, 2, 2), (2, 2, 1), True),
         ((2, 2, 2), (4, 2, 1), False),
+        ((2, 2, 2), (3, 2, 1), True),  # 3 = 2 + 1
         # Elements at 0, 2, 4 and 3, 5, 7: no common address, but counted as overlapping.
         ((2, 3), (3, 2), True),
         ((), (), False),
@@ -62,6 +67,8 @@ def test_memory_shared_by_two_tensors():
     for empty in (x[:0], x[:, :0]):
         assert not tensors.share_memory(x, empty)
         assert not tensors.share_memory(empty, x)
+        assert not tensors.share_memory(empty, empty)
+        assert not tensors.share_memory(empty, torch.zeros(0))
 
 
 def test_memory_counts_as_shared_where_finding_out_takes_too_long(monkeypatch):
@@ -101,6 +108,23 @@ def test_the_version_of_a_tensor_of_inference_mode_tells_its_values(shape, dtype
             assert tensors.version_of(x[1:]) == tensors.version_of(x[1:].clone())
 
 
+def test_every_bit_of_a_value_tells_in_the_version():
+    with torch.inference_mode():
+        x = torch.arange(1, 102) * 0x123456789ABCDEF
+        before = tensors.version_of(x)
+        for bit in range(64):
+            x[50] ^= 1 << bit if bit < 63 else -(2**63)
+            assert tensors.version_of(x) != before
+            x[50] ^= 1 << bit if bit < 63 else -(2**63)
+        assert tensors.version_of(x) == before
+
+
+def test_a_tensor_without_values_of_inference_mode_has_the_version_0():
+    with torch.inference_mode():
+        assert tensors.version_of(torch.zeros(0, 3)) == 0
+        assert tensors.version_of(torch.zeros(2, 3, device="meta")) == 0
+
+
 def test_memory_is_not_kept_alive():
     x, y = torch.ones(4), torch.ones(4)
     memory = tensors.Memory([x, y.view(2, 2)])
@@ -119,6 +143,8 @@ def test_an_address_is_given_for_a_contiguous_last_dimension_alone():
     assert tensors.address_and_strides(x[..., ::2]) == (x.data_ptr(), 6, 2)  # one element
     with pytest.raises(ValueError, match=r"^address_and_strides: .*strides \(6, 1, 2\)"):
         tensors.address_and_strides(x.transpose(1, 2))
+    with pytest.raises(ValueError, match=r"shape \(3, 2\) and strides \(1, 3\)"):
+        tensors.address_and_strides(torch.zeros(2, 3).T)
 
 
 def test_a_tensor_without_elements_may_have_any_strides():

@@ -4,8 +4,10 @@ A change ("mutant") that no test notices shows code that no test holds. The oper
 its runner is not used: it writes all changes of a file into the file and chooses one at each call,
 and Triton, torch.compile and ops that are registered at import do not see such a choice.
 
-One process imports torch and pytest and forks for each mutant. The child replaces one module's
-source while it is imported and runs the tests that reach the changed line, quickest first.
+For each module one process imports the packages and collects the tests, and forks for each mutant:
+the fork runs the tests that reach the changed line on the changed functions, the quickest first
+(``collected.py``). Changes that act during an import take a process that imports the changed source
+(``forked.py``).
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import argparse
 import json
 import random
 import sys
-import time
 from pathlib import Path
 
 from tests.mutation.changes import Mutant, mutants_of
+from tests.mutation.collected import Job, verdicts_of
 from tests.mutation.forked import Reach, reach_of, verdict_of
 from tests.mutation.targets import ROOT, TARGETS
 
@@ -75,19 +77,8 @@ def main() -> int:
             parser.error(f"{options.again}: the code has none of its mutants any more")
     else:
         picked = sample(options.seed, options.count, options.modules)
-    for module, mutant in picked:
-        if module not in reaches:
-            files = TARGETS[module]
-            alike = {other for other, _ in picked if TARGETS[other] == files}
-            # These tests run once, for the lines that each of them reaches.
-            names = ", ".join(sorted(alike))
-            print(f"{names}: running the tests of {len(files)} files", flush=True)
-            reaches |= reach_of(sorted(alike), files)
-            seconds = reaches[module].seconds
-            print(f"{module}: {len(seconds)} tests, {sum(seconds.values()):.0f} s", flush=True)
-        tests = reaches[module].tests_of(mutant.line)
-        start = time.monotonic()
-        verdict, by = verdict_of(module, mutant, tests, options.seconds)
+
+    def say(mutant: Mutant, tests: int, verdict: str, by: str) -> None:
         counts[verdict] += 1
         place = place_of(mutant)
         print(f"{verdict:9} {place}  {mutant}  {by}", flush=True)
@@ -97,11 +88,34 @@ def main() -> int:
                 "change": str(mutant),
                 "verdict": verdict,
                 "by": by,
-                "tests": len(tests),
-                "seconds": round(time.monotonic() - start, 1),
+                "tests": tests,
             }
             with options.json.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+    by_module: dict[str, list[Mutant]] = {}
+    for module, mutant in picked:
+        by_module.setdefault(module, []).append(mutant)
+    for module, mutants in by_module.items():
+        files = TARGETS[module]
+        if module not in reaches:
+            alike = sorted(other for other in by_module if TARGETS[other] == files)
+            # These tests run once, for the lines that each of them reaches.
+            print(f"{', '.join(alike)}: running the tests of {len(files)} files", flush=True)
+            reaches |= reach_of(alike, files)
+        reach = reaches[module]
+        print(f"{module}: {len(reach.seconds)} tests, {sum(reach.seconds.values()):.0f} s")
+        jobs = [Job(mutant, reach.tests_of(mutant)) for mutant in mutants]
+        left = set(range(len(jobs)))
+        for index, verdict, by in verdicts_of(jobs, files, options.seconds):
+            mutant, tests = jobs[index]
+            # A survivor that also runs during the import may act there.
+            if verdict != "survived" or mutant.line not in reach.imported:
+                left.remove(index)
+                say(mutant, len(tests), verdict, by)
+        for index in sorted(left):
+            mutant, tests = jobs[index]
+            say(mutant, len(tests), *verdict_of(module, mutant, tests, options.seconds))
     decided = counts["killed"] + counts["survived"]
     share = 100 * counts["killed"] / decided if decided else 0.0
     print(

@@ -1,7 +1,8 @@
 """The changes of one module: mutmut's operators on every expression inside a function.
 
 Left out: annotations, decorators, text (a message's wording), calls without one of their arguments
-(most of them are parts of messages too) and ``sample_inputs``, which makes the inputs of tests.
+(most of them are parts of messages too), ``strict=True`` of zip, which cannot fail where it stands,
+and ``sample_inputs``, which makes the inputs of tests.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import libcst
-from libcst.metadata import MetadataWrapper, PositionProvider
+from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider
 
 LEFT_OUT = {
     "operator_string",
@@ -24,10 +25,14 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file: ``node`` of ``tree`` becomes ``changed``."""
+    """One change of one file: ``node`` of ``tree`` becomes ``changed``.
+
+    ``function``: the first and the last line of the innermost function around it.
+    """
 
     path: Path
     line: int
+    function: tuple[int, int]
     tree: libcst.Module
     node: libcst.CSTNode
     changed: libcst.CSTNode
@@ -45,7 +50,7 @@ class Mutant:
 
 
 class _Places(libcst.CSTVisitor):
-    """Collects (node, changed node, line) for every change."""
+    """Collects (node, changed node, line, function) for every change."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
@@ -57,29 +62,38 @@ class _Places(libcst.CSTVisitor):
             for kind, operator in mutation_operators
             if operator.__name__ not in LEFT_OUT
         ]
-        self.depth = 0
-        self.found: list[tuple[libcst.CSTNode, libcst.CSTNode, int]] = []
+        # First and last line of the functions around the place, the innermost last.
+        self.around: list[tuple[int, int]] = []
+        self.found: list[tuple[libcst.CSTNode, libcst.CSTNode, int, tuple[int, int]]] = []
+
+    def lines_of(self, node: libcst.CSTNode) -> tuple[int, int]:
+        place = self.get_metadata(PositionProvider, node)
+        assert isinstance(place, CodeRange)
+        return place.start.line, place.end.line
 
     def visit_FunctionDef(self, node: libcst.FunctionDef) -> bool:
-        self.depth += 1
+        self.around.append(self.lines_of(node))
         return node.name.value != "sample_inputs"
 
     def leave_FunctionDef(self, original_node: libcst.FunctionDef) -> None:
-        self.depth -= 1
+        self.around.pop()
 
     def visit_Annotation(self, node: libcst.Annotation) -> bool:
         return False
+
+    def visit_Arg(self, node: libcst.Arg) -> bool:
+        return node.keyword is None or node.keyword.value != "strict"
 
     def visit_Decorator(self, node: libcst.Decorator) -> bool:
         return False
 
     def on_visit(self, node: libcst.CSTNode) -> bool:
-        if self.depth and not isinstance(node, libcst.Annotation | libcst.Decorator):
+        if self.around and not isinstance(node, libcst.Annotation | libcst.Decorator):
             for kind, operator in self.operators:
                 if isinstance(node, kind):
                     for changed in operator(node):
-                        line = self.get_metadata(PositionProvider, node).start.line
-                        self.found.append((node, changed, line))
+                        line, _ = self.lines_of(node)
+                        self.found.append((node, changed, line, self.around[-1]))
         return super().on_visit(node)
 
 
@@ -99,7 +113,10 @@ def mutants_of(module: str) -> list[Mutant]:
     wrapper = MetadataWrapper(libcst.parse_module(path.read_text(encoding="utf-8")))
     places = _Places()
     wrapper.visit(places)
-    return [Mutant(path, line, wrapper.module, *nodes) for *nodes, line in places.found]
+    return [
+        Mutant(path, line, function, wrapper.module, node, changed)
+        for node, changed, line, function in places.found
+    ]
 
 
 def _one_line(code: str) -> str:

@@ -59,6 +59,9 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 class _Lines:
     """A pytest plugin: the lines of some files that each test executes, and the test's seconds."""
 
+    # The plugin's name: tests/conftest.py leaves no test unrecorded where it is there.
+    __name__ = "tests.mutation"
+
     def __init__(self, record: coverage.Coverage) -> None:
         self.record = record
         self.seconds: dict[str, float] = {}
@@ -77,7 +80,7 @@ class _Lines:
             self.failed.append(report.nodeid)
 
 
-class _Killer:
+class Killer:
     """A pytest plugin: the first test that fails."""
 
     def __init__(self) -> None:
@@ -94,17 +97,30 @@ class _Killer:
 
 @dataclass(frozen=True)
 class Reach:
-    """Which tests execute which lines of one module; ``seconds`` holds those that passed."""
+    """Which tests execute which lines of one module; ``seconds`` holds those that passed.
+
+    ``imported``: the lines that run while modules are imported and tests collected.
+    """
 
     seconds: dict[str, float]
     lines: dict[int, list[str]]
+    imported: frozenset[int]
 
-    def tests_of(self, line: int) -> list[str]:
-        """Tests that execute ``line``, quickest first; all, where only the import executes it."""
-        return sorted(self.lines.get(line) or self.seconds, key=self.seconds.__getitem__)
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """Tests that execute the changed line, quickest first.
+
+        Where none does, those of the function around it (its default values run at the import),
+        and where none executes that one either, all if the import does.
+        """
+        body = range(mutant.function[0] + 1, mutant.function[1] + 1)
+        names = set(self.lines.get(mutant.line, ()))
+        names = names or {name for line in body for name in self.lines.get(line, ())}
+        if not names and self.imported.intersection(body):
+            names = set(self.seconds)
+        return sorted(names, key=self.seconds.__getitem__)
 
 
-def _in_child(work: Callable[[], object], seconds: float) -> tuple[str, object]:
+def in_child(work: Callable[[], object], seconds: float) -> tuple[str, object]:
     """("done", result), ("died", signal) or ("late", None) of a function run in a forked child."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -139,7 +155,7 @@ def _in_child(work: Callable[[], object], seconds: float) -> tuple[str, object]:
         return "done", json.loads(answer.read_text())
 
 
-def _prepare() -> None:
+def prepare() -> None:
     os.chdir(ROOT)
     torch.set_num_threads(1)
 
@@ -155,28 +171,30 @@ def reach_of(
     paths = {module: path_of(module) for module in modules}
 
     def work() -> object:
-        _prepare()
+        prepare()
         files = [str(path) for path in paths.values()]
         record = coverage.Coverage(data_file=None, config_file=False, include=files)
         plugin = _Lines(record)
         record.start()
         pytest.main([*PYTEST, *tests], plugins=[plugin])
         record.stop()
-        lines = {}
-        for module, path in paths.items():
-            by_line = record.get_data().contexts_by_lineno(str(path))
-            lines[module] = {
-                line: [name for name in names if name] for line, names in by_line.items()
-            }
+        lines = {
+            module: record.get_data().contexts_by_lineno(str(path))
+            for module, path in paths.items()
+        }
         return {"seconds": plugin.seconds, "failed": plugin.failed, "lines": lines}
 
-    state, result = _in_child(work, seconds)
+    state, result = in_child(work, seconds)
     if state != "done" or not isinstance(result, dict) or not result["seconds"]:
         raise RuntimeError(f"{' '.join(tests)} do not run unchanged: {state} {result}")
     if result["failed"]:
         raise RuntimeError(f"these tests fail unchanged: {' '.join(sorted(set(result['failed'])))}")
     return {
-        module: Reach(result["seconds"], {int(line): names for line, names in lines.items()})
+        module: Reach(
+            result["seconds"],
+            {int(line): [name for name in names if name] for line, names in lines.items()},
+            frozenset(int(line) for line, names in lines.items() if "" in names),
+        )
         for module, lines in result["lines"].items()
     }
 
@@ -195,15 +213,25 @@ def verdict_of(
         raise RuntimeError(f"{', '.join(loaded)} must not be imported before the fork")
 
     def work() -> object:
-        _prepare()
+        prepare()
         sys.meta_path.insert(0, _Changed(module, mutant.path, source))
-        killer = _Killer()
+        killer = Killer()
         code = pytest.main([*PYTEST, "-x", *tests], plugins=[killer])
-        if module not in sys.modules:
+        if code == pytest.ExitCode.USAGE_ERROR and not killer.failed:
+            # tests/conftest.py imports our packages too, and pytest calls its failure that.
+            try:
+                importlib.import_module(module)
+            except Exception as error:
+                killer.failed = f"(import: {type(error).__name__})"
+        if module not in sys.modules and not killer.failed:
             return ["the changed module was not imported"]
         return [int(code), killer.failed]
 
-    state, result = _in_child(work, seconds)
+    return verdict(*in_child(work, seconds))
+
+
+def verdict(state: str, result: object) -> tuple[str, str]:
+    """The verdict on a mutant from what became of the process that ran its tests."""
     if state == "late":
         return "undecided", ""
     if state == "died":

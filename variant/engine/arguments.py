@@ -40,8 +40,6 @@ def _integers(op: str, name: str, values: object) -> Tensor:
         tensor = torch.as_tensor(_plain(values), device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{op}: {name} must be integers of 64 bits; got {shown(values)}") from None
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        raise TypeError(f"{op}: {name} must be a dense tensor; got {shown(values)}")
     dtype = tensor.dtype
     if tensor.numel() and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
         raise TypeError(f"{op}: {name} must be integers; got {dtype_name(dtype)}")

@@ -110,8 +110,7 @@ class Drawer:
     def _parts(self, h_RTC: Tensor, images: int, part: int) -> Iterator[Tensor]:
         """The sequences of ``part`` images after another, conditional ones first."""
         for first in range(0, images, part):
-            halves = [half[first : first + part] for half in h_RTC.split(images)]
-            yield torch.cat(halves) if len(halves) > 1 else halves[0]
+            yield torch.cat([half[first : first + part] for half in h_RTC.split(images)])
 
     def _all_logits(self, h_RTC: Tensor, images: int) -> Tensor:
         """The head on sequences that a generator draws for at once.
@@ -217,12 +216,8 @@ def gumbel_noise(
     position_T1 = (position + torch.arange(tokens, device=device)).unsqueeze(1)
     # Four 32-bit words per block.
     block_N = 1 + torch.arange(-(-entries // 4), device=device)
-    zero_BTN = torch.zeros_like(image_B11 + position_T1 + block_N)
-    counter = (
-        zero_BTN + position_T1,
-        zero_BTN + block_N,
-        zero_BTN + (image_B11 & mask),
-        zero_BTN + ((image_B11 >> 32) & mask),
+    counter = torch.broadcast_tensors(
+        position_T1, block_N, image_B11 & mask, (image_B11 >> 32) & mask
     )
     words = philox_4x32(counter, (seed & mask, (seed >> 32) & mask))
     words_BTV = torch.stack(words, -1).flatten(2)[..., :entries]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from variant.engine.images import to_pil
 from variant_kernels.arguments import boolean, instance, integer, real, sequence
+from variant_kernels.ops.sample_tokens import MAX_SEED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,9 +83,9 @@ class Sampling:
         if self.generator is not None:
             instance(op, "generator", self.generator, torch.Generator)
         elif seed is None:
-            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+            seed = int(torch.randint(MAX_SEED, (), device="cpu"))
         else:
-            seed = integer(op, "seed", seed, 0, 2**63 - 1)
+            seed = integer(op, "seed", seed, 0, MAX_SEED)
         checked = {
             "cfg": cfg,
             "top_k": integer(op, "top_k", self.top_k, 0, 2**31 - 1, "(0 keeps all)"),

@@ -155,10 +155,6 @@ def _check_gated(
     contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
 
 
-def _eps(op: str, eps: float) -> float:
-    return eps if type(eps) is float and 0 <= eps <= 1 else real(op, "eps", eps, 0)
-
-
 def _request(x_BTC: Tensor, narrow: Tensor, *_: Tensor) -> Request:
     return Request(x_BTC.device.type, (x_BTC.dtype, narrow.dtype), row_width=x_BTC.shape[-1])
 
@@ -265,7 +261,7 @@ def adaln_modulate(
         NotImplementedError: a second or a forward-mode derivative is wanted.
     Gradient: x_BTC, scale_BC, shift_BC.
     """
-    eps = _eps("adaln_modulate", eps)
+    eps = real("adaln_modulate", "eps", eps, 0)
     return adaln_op(x_BTC, scale_BC, shift_BC, eps, backend)[0]
 
 
@@ -300,7 +296,7 @@ def gated_residual_adaln(
         NotImplementedError: a second or a forward-mode derivative is wanted.
     Gradient: all five tensors.
     """
-    eps = _eps("gated_residual_adaln", eps)
+    eps = real("gated_residual_adaln", "eps", eps, 0)
     x_out_BTC, h_BTC, _, _ = gated_op(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps, backend)
     return x_out_BTC, h_BTC
 

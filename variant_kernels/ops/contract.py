@@ -87,8 +87,8 @@ def check_device(op: str, name: str, tensor: Tensor, other: str, like: Tensor) -
 
 def softmax_scale(op: str, value: float | None) -> float | None:
     """A number in [-2^20, 2^20], as a float; or None."""
-    if value is None or (type(value) is float and abs(value) <= MAX_SOFTMAX_SCALE):
-        return value
+    if value is None:
+        return None
     return real(op, "softmax_scale", value, -MAX_SOFTMAX_SCALE, MAX_SOFTMAX_SCALE)
 
 

@@ -25,6 +25,8 @@ from variant_kernels.ops import contract
 from variant_kernels.ops.derivatives import refuse_derivatives
 from variant_kernels.ops.registry import Op
 
+MAX_SEED = 2**63 - 1  # of int64
+
 # --- the definition -----------------------------------------------------------------------------
 
 
@@ -73,12 +75,8 @@ def uniform(seed: int, image_ids_B: Tensor, position: int, tokens: int) -> Tenso
     mask = 0xFFFFFFFF
     position_T = position + torch.arange(tokens, device=image_ids_B.device)
     image_B1 = image_ids_B.unsqueeze(1)
-    zero_BT = torch.zeros_like(image_B1 + position_T)
-    counter = (
-        zero_BT + position_T,
-        zero_BT,
-        zero_BT + (image_B1 & mask),
-        zero_BT + ((image_B1 >> 32) & mask),
+    counter = torch.broadcast_tensors(
+        position_T, torch.zeros_like(position_T), image_B1 & mask, (image_B1 >> 32) & mask
     )
     w0, w1, _, _ = philox_4x32(counter, (seed & mask, (seed >> 32) & mask))
     bits_BT = ((w0 >> 5) << 26) + (w1 >> 6)
@@ -158,7 +156,7 @@ def _request(logits: Tensor, *_: Tensor | None) -> Request:
 def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
     logits_2BTV = arguments["logits_2BTV"]
     if arguments["seed"] is None:
-        arguments["seed"] = int(torch.randint(2**63 - 1, (), device="cpu"))
+        arguments["seed"] = int(torch.randint(MAX_SEED, (), device="cpu"))
     image_ids_B = arguments.pop("image_ids")
     if image_ids_B is None:
         image_ids_B = torch.arange(logits_2BTV.shape[0] // 2, device=logits_2BTV.device)
@@ -245,22 +243,18 @@ def sample_tokens(
     Gradient: none.
     """
     op = "sample_tokens"
-    if not (type(guidance) is float and 0 <= guidance <= 1e4):
-        guidance = real(op, "guidance", guidance, 0)
-    if not (type(top_k) is int and 0 <= top_k < 2**31):
-        top_k = integer(op, "top_k", top_k, 0, 2**31 - 1, "(0 keeps all)")
-    if not (type(top_p) is float and 0 <= top_p <= 1):
-        top_p = real(op, "top_p", top_p, 0, 1, "(0 keeps all)")
+    guidance = real(op, "guidance", guidance, 0)
+    top_k = integer(op, "top_k", top_k, 0, 2**31 - 1, "(0 keeps all)")
+    top_p = real(op, "top_p", top_p, 0, 1, "(0 keeps all)")
     # Logits of another rank, and nested ones, which have no shape, fail the op's check.
     is_BTV = isinstance(logits_2BTV, Tensor) and not logits_2BTV.is_nested
     is_BTV = is_BTV and logits_2BTV.ndim == 3
     last = 2**32 - (logits_2BTV.shape[1] if is_BTV else 0)
-    if not (type(position) is int and 0 <= position <= last):
-        position = integer(op, "position", position, 0, last, "(position + T is at most 2^32)")
+    position = integer(op, "position", position, 0, last, "(position + T is at most 2^32)")
     if seed is not None and generator is not None:
         raise ValueError(f"{op}: seed and generator exclude each other; got both")
-    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-        seed = integer(op, "seed", seed, 0, 2**63 - 1)
+    if seed is not None:
+        seed = integer(op, "seed", seed, 0, MAX_SEED)
     exponential_RV = None
     if generator is not None:
         instance(op, "generator", generator, torch.Generator)

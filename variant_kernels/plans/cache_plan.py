@@ -114,7 +114,7 @@ class PageAllocator:
         for index in range(len(pages), _pages(total, self.page_size)):
             page = wanted[index] if index < len(wanted) else None
             if page is None or self._used >> page & 1:
-                page = (~self._used & (self._used + 1)).bit_length() - 1
+                page = (self._used ^ (self._used + 1)).bit_length() - 1  # the lowest 0
             pages.append(page)
             self._used |= 1 << page
         self._most = max(self._most, self.used_pages)

@@ -60,9 +60,8 @@ def _select(
         return tuple(range(full_depth))
     if selection == "equidistant":
         return _sample_equidistant(range(full_depth), depth)
-    larger = [d for d in DEPTH_CHAIN if depth < d < full_depth]
-    parent = _select(op, full_depth, min(larger), selection) if larger else range(full_depth)
-    return _sample_equidistant(parent, depth)
+    larger = min(d for d in (*DEPTH_CHAIN, full_depth) if depth < d <= full_depth)
+    return _sample_equidistant(_select(op, full_depth, larger, selection), depth)
 
 
 def check_layers(
