@@ -246,3 +246,12 @@ def test_the_loss_is_that_of_the_logits_whatever_the_head_does(way):
     loss = var(labels, x_teacher, targets_BL=targets)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss.mean, expected)
+
+
+def test_the_name_of_the_caller_must_be_a_text():
+    var = small_model().var
+    for call in (var.schedule, var.layers_of):
+        with pytest.raises(TypeError, match=r"^VAR\.\w+: op must be of type str; got .*bytes"):
+            call(2, op=b"mine")
+        with pytest.raises(ValueError, match=r"^mine: depth must be"):
+            call(99, op="mine")

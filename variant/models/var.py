@@ -398,9 +398,10 @@ class VAR(nn.Module):
             bridge: number of first scales that run every layer; None is the config's bridge.
             op: the function that the messages name.
         Raises:
-            TypeError: a number that is no integer.
+            TypeError: a number that is no integer, or an op that is no text.
             ValueError: depth or bridge out of range.
         """
+        instance("VAR.schedule", "op", op, str)
         full, scales = self.config.depth, self.layout.num_scales
         if isinstance(depth, DepthSchedule):
             return check_schedule(op, depth, bridge, full, scales)
@@ -427,10 +428,11 @@ class VAR(nn.Module):
             depth: number of layers, or a list of layers, which need not be recorded.
             op: the function that the messages name.
         Raises:
-            TypeError: depth is neither an integer nor a list of integers.
+            TypeError: depth is neither an integer nor a list of integers, or op is no text.
             ValueError: an invalid list; a number that is out of range, or that a config with
                 subnets does not record.
         """
+        instance("VAR.layers_of", "op", op, str)
         return layers_of(self.config, depth, op)
 
     @torch.no_grad()
@@ -512,8 +514,8 @@ def _run_layers(
 
 def token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
     """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
-    plain = type(head) is nn.Linear and is_plain(head, nn.Linear) and not global_hooks()
-    if plain and head.bias is not None:
+    without_hooks = is_plain(head, nn.Linear) and not global_hooks()
+    if type(head) is nn.Linear and without_hooks and head.bias is not None:
         return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
     # A layer in its place, or one with hooks, computes the logits in its own way.
     losses_BL = losses_of(head(h_BLC).float().log_softmax(2), targets_BL)
