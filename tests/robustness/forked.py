@@ -24,7 +24,7 @@ from typing import Any
 from tests.robustness.progress import Progress
 
 MIB, GIB = 2**20, 2**30
-# Cases of one child. A new one costs 10 to 20 ms; what a case leaves behind ends with its child.
+# A new child costs 10 to 20 ms.
 CASES_PER_CHILD = 250
 BUSY = 0.01  # share of the wall clock for which a case that does not hang computes
 TICK = 1.0  # seconds between two calls of ``waiting``
@@ -35,11 +35,13 @@ class Limits:
     """Of one case. Seconds of CPU, so that a busy machine makes no case fail; bytes of memory.
 
     wall_seconds: without an answer, of which the case computes for less than a hundredth: it hangs.
+    cases_per_child: what a case leaves behind ends with its child.
     """
 
     cpu_seconds: float = 20
     wall_seconds: float = 240
     memory: int = 2 * GIB
+    cases_per_child: int = CASES_PER_CHILD
 
 
 class Failed(AssertionError):
@@ -76,7 +78,7 @@ def run_cases(
     """
     left = list(cases)
     while left:
-        batch = left[:CASES_PER_CHILD]
+        batch = left[: limits.cases_per_child]
         done = 0
         for case, text, value in _run_in_child(run, batch, limits, quiet, waiting):
             done += 1

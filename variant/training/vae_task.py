@@ -118,8 +118,8 @@ class VAETask(Task):
             notes.append(f"perceptual loss: {self.perceptual.what}")
         if self.training.entropy and optim is not None and optim.accumulate > 1:
             notes.append(
-                f"entropy term: a batch has {counted(optim.accumulate, 'part')}, each with a term of "
-                "its own; a smaller accumulate takes more images together"
+                f"entropy term: a batch has {counted(optim.accumulate, 'part')}, each with a term "
+                "of its own; a smaller accumulate takes more images together"
             )
         return notes
 
