@@ -261,7 +261,7 @@ def test_a_run_says_that_each_part_of_a_batch_has_an_entropy_term_of_its_own(
     training = dataclasses.replace(recipe.vae_training, entropy=entropy, optim=optim)
     changed = dataclasses.replace(recipe, vae_training=training)
     notes = VAETask(module, None, changed, CPU, steps=1).notes
-    assert ["within each of the 2 parts" in note for note in notes] == [True] * (
+    assert ["a batch has 2 parts" in note for note in notes] == [True] * (
         entropy > 0 and accumulate > 1
     )
 
