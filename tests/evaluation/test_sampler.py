@@ -250,6 +250,17 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(model, expected, tmp_path,
     assert left == []
 
 
+def test_a_record_that_a_killed_run_half_wrote_is_removed(model, expected, tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    for name in (".sample.json.1234.tmp", ".another.json.1234.tmp"):
+        (out / name).write_text("{")
+    words = ["sample", "--model", model, "--num", NUM, "--batch", 3, "--out", out]
+    assert main([str(word) for word in words]) == 0
+    assert torch.equal(pixels(out), expected)
+    assert [path.name for path in out.glob(".*.tmp")] == [".another.json.1234.tmp"]
+
+
 class Killed(BaseException):
     """In the place of kill -9."""
 

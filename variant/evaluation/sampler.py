@@ -308,6 +308,7 @@ def sample(
         if files.form == "npz" and path_kind(files.out) is not None:  # just now, by another rank
             return 0
         with saving(files.folder):  # of ranks that begin at once, one records the settings
+            clear_leftovers(files.folder, [SETTINGS_NAME])
             _start(files, settings)
         files.clear_temporary(rank, world_size)
         own = [unit for unit in files.units() if unit[0] % world_size == rank]
